@@ -1,0 +1,299 @@
+# Owner: orchestra/load_balancer.py (WeightedRoundRobinStrategy). Oracle: tests/reference/wrr.py.
+"""Smooth weighted round robin over hashable ids.
+
+Owns weights and the state of the rotation; refuses to know what an id stands for and whether it is well.
+
+The algorithm is nginx's (ngx_http_upstream_round_robin.c, since 1.3.1): each candidate's current value grows by its
+weight, the greatest is chosen (the oldest of equals) and pays the sum of the candidates' weights. A current value
+divided by that sum is the id's lag: how many turns it is owed. Ids that are not available neither gain nor pay.
+
+When weights change, every lag keeps its size in turns (current values are scaled with the sum of weights), is centred on
+zero and bounded to one turn; a newcomer starts at zero. So neither a change nor a newcomer brings a burst.
+Current values are kept in 2**-16 parts of a weight, so that scaling back and forth does not round a lag away.
+
+Concurrency: every method is one C call that keeps the GIL. Hashing and comparing ids may run Python code: all lookups
+come first, nothing runs between a lookup and its use, and a selection whose lookups let the ring change starts again.
+"""
+
+cimport cython
+from cpython.dict cimport PyDict_GetItemWithError, PyDict_SetDefault
+from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
+from cpython.long cimport PyLong_AsSsize_t
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.ref cimport PyObject
+from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memmove
+
+MAX_WEIGHT = 10_000
+MAX_IDS = 65_536
+
+cdef enum:
+    UNIT = 1 << 16
+    TOP_WEIGHT = 10_000
+    TOP_IDS = 65_536
+    FIRST_ROOM = 16
+    ON_STACK = 64
+    ATTEMPTS = 100
+
+
+cdef struct Member:
+    int64_t weight   # UNIT parts, > 0
+    int64_t current  # UNIT parts; the sum over all members stays near 0
+    uint64_t mark    # number of the selection that has counted this member
+    Py_ssize_t handle
+
+
+@cython.final
+@cython.no_gc_clear  # the dict and the list break any cycle; cleared attributes would let a late call crash
+cdef class SmoothRing:
+    # A handle names a member for as long as it stays; its place moves when an older member leaves.
+    # Invariants: _members[:_size] is in order of arrival; _places[m.handle] is m's place; _ids[handle] is its id;
+    # _index maps that id to the handle; _free[:_room - _size - reserved] holds the other handles.
+    cdef dict _index
+    cdef list _ids
+    cdef Member *_members
+    cdef Py_ssize_t *_places
+    cdef Py_ssize_t *_free
+    cdef Py_ssize_t _size, _room, _free_count
+    cdef int64_t _total        # sum of weights, UNIT parts
+    cdef bint _moved           # False while every current value is 0
+    cdef uint64_t _version     # grows when a member comes or goes
+    cdef uint64_t _selections
+    cdef readonly int default_weight
+
+    def __cinit__(self, *, int default_weight=0):
+        if not 0 <= default_weight <= TOP_WEIGHT:
+            raise ValueError(f"default_weight must be from 0 to {TOP_WEIGHT}, got {default_weight}")
+        self.default_weight = default_weight
+        self._index = {}
+        self._ids = []
+
+    def __dealloc__(self):
+        PyMem_Free(self._members)
+        PyMem_Free(self._places)
+        PyMem_Free(self._free)
+
+    def __len__(self):
+        return self._size
+
+    def __contains__(self, ident):
+        return self._handle(ident) >= 0
+
+    def ids(self):
+        cdef Py_ssize_t i
+        cdef list out = [None] * self._size
+        self._check()
+        for i in range(min(len(out), self._size)):
+            out[i] = self._ids[self._members[i].handle]
+        return out
+
+    def weight(self, ident):
+        cdef Py_ssize_t handle = self._handle(ident)
+        return 0 if handle < 0 else self._members[self._places[handle]].weight // UNIT
+
+    def set_weight(self, ident, weight):
+        cdef Py_ssize_t handle
+        if type(weight) is not int or not 0 <= weight <= TOP_WEIGHT:
+            raise ValueError(f"weight must be a whole number from 0 to {TOP_WEIGHT}, got {weight!r}")
+        if weight == 0:
+            self.remove(ident)
+            return
+        handle = self._handle(ident)
+        if handle < 0:
+            handle = self._admit(ident, <int64_t> weight * UNIT)
+        if handle >= 0:  # it was a member before, or became one while its hash was computed
+            self._reweigh(&self._members[self._places[handle]], <int64_t> weight * UNIT)
+
+    def remove(self, ident):
+        handle = self._index.pop(ident, None)
+        if handle is None:
+            return False
+        self._check()
+        gone = self._expel(<Py_ssize_t> handle)
+        return True  # only now may the id's __del__ run
+
+    def select(self, available=None):
+        cdef Py_ssize_t best
+        cdef tuple ids
+        if available is None:
+            self._check()
+            best = self._turn_of_all()
+            return None if best < 0 else <object> PyList_GET_ITEM(self._ids, self._members[best].handle)
+        ids = tuple(available)
+        best = self._choose(ids)
+        return None if best < 0 else ids[best]
+
+    def select_index(self, available):
+        return self._choose(tuple(available))
+
+    cdef inline Py_ssize_t _handle(self, ident) except -2:
+        cdef PyObject *handle = PyDict_GetItemWithError(self._index, ident)
+        return -1 if handle is NULL else PyLong_AsSsize_t(<object> handle)
+
+    cdef Py_ssize_t _turn_of_all(self) noexcept:
+        cdef Member *members = self._members
+        cdef Py_ssize_t i, best = -1
+        cdef int64_t top = 0
+        for i in range(self._size):
+            members[i].current += members[i].weight
+            if best < 0 or members[i].current > top:
+                best = i
+                top = members[i].current
+        if best >= 0:
+            members[best].current -= self._total
+            self._moved = True
+        return best
+
+    cdef Py_ssize_t _choose(self, tuple ids) except -2:
+        # The index of the chosen id in `ids`, or -1.
+        cdef Py_ssize_t stack[ON_STACK]
+        cdef Py_ssize_t *handles = stack
+        cdef Py_ssize_t count = len(ids)
+        if count > ON_STACK:
+            handles = <Py_ssize_t *> PyMem_Malloc(count * sizeof(Py_ssize_t))
+            if handles is NULL:
+                raise MemoryError
+        try:
+            self._look_up(ids, handles)
+            return self._turn_of_some(handles, count)
+        finally:
+            if handles is not stack:
+                PyMem_Free(handles)
+
+    cdef int _look_up(self, tuple ids, Py_ssize_t *handles) except -1:
+        cdef Py_ssize_t i
+        cdef uint64_t version
+        for _ in range(ATTEMPTS):
+            version = self._version
+            for i in range(len(ids)):
+                handles[i] = self._handle(ids[i])
+                if handles[i] < 0 and self.default_weight:
+                    self._admit(ids[i], <int64_t> self.default_weight * UNIT)
+            if version == self._version:
+                return 0
+        raise RuntimeError("SmoothRing changes whenever the ids of a selection are hashed or compared")
+
+    cdef Py_ssize_t _turn_of_some(self, const Py_ssize_t *handles, Py_ssize_t count) noexcept:
+        cdef Py_ssize_t i, place, best = -1, best_place = -1
+        cdef int64_t total = 0
+        cdef Member *member
+        self._selections += 1
+        for i in range(count):
+            if handles[i] < 0:
+                continue
+            place = self._places[handles[i]]
+            member = &self._members[place]
+            if member.mark == self._selections:  # named twice
+                continue
+            member.mark = self._selections
+            member.current += member.weight
+            total += member.weight
+            if (
+                best < 0
+                or member.current > self._members[best_place].current
+                or (member.current == self._members[best_place].current and place < best_place)
+            ):
+                best, best_place = i, place
+        if best >= 0:
+            self._members[best_place].current -= total
+            self._moved = True
+        return best
+
+    cdef Py_ssize_t _admit(self, ident, int64_t weight) except -2:
+        # -1 when the id was admitted with this weight, its handle when it turned out to be a member.
+        cdef Py_ssize_t handle
+        cdef PyObject *found
+        cdef object mine  # typed, or it would be inferred as a C integer
+        if self._free_count == 0:
+            self._grow()
+        self._check()
+        self._free_count -= 1
+        handle = self._free[self._free_count]  # reserved: code that runs inside the lookup takes another one
+        mine = handle
+        try:
+            found = PyDict_SetDefault(self._index, ident, mine)
+        except:  # noqa: E722 - whatever __hash__ or __eq__ raised
+            self._give_back(handle)
+            raise
+        if found != <PyObject *> mine:
+            self._give_back(handle)
+            return PyLong_AsSsize_t(<object> found)
+        self._ids[handle] = ident
+        self._rebase(self._total + weight)
+        self._places[handle] = self._size
+        self._members[self._size] = Member(weight=weight, current=0, mark=0, handle=handle)
+        self._size += 1
+        self._version += 1
+        return -1
+
+    cdef void _give_back(self, Py_ssize_t handle) noexcept:
+        self._free[self._free_count] = handle
+        self._free_count += 1
+
+    cdef int _grow(self) except -1:
+        cdef Py_ssize_t room, handle
+        cdef void *block
+        if self._room >= TOP_IDS:
+            raise ValueError(f"a SmoothRing holds at most {TOP_IDS} ids")
+        cdef list padding = [None] * max(<Py_ssize_t> FIRST_ROOM, self._room)
+        if self._free_count:  # a collection during that allocation ran code that grew the ring or removed an id
+            return 0
+        room = self._room + PyList_GET_SIZE(padding)
+        block = PyMem_Realloc(self._members, room * sizeof(Member))
+        if block is NULL:
+            raise MemoryError
+        self._members = <Member *> block
+        block = PyMem_Realloc(self._places, room * sizeof(Py_ssize_t))
+        if block is NULL:
+            raise MemoryError
+        self._places = <Py_ssize_t *> block
+        block = PyMem_Realloc(self._free, room * sizeof(Py_ssize_t))
+        if block is NULL:
+            raise MemoryError
+        self._free = <Py_ssize_t *> block
+        self._ids.extend(padding)
+        for handle in range(room - 1, self._room - 1, -1):
+            self._give_back(handle)
+        self._room = room
+        return 0
+
+    cdef inline int _check(self) except -1:
+        # Only code that reached the list through gc.get_referents, or runs while a dead cycle is torn down, fails this.
+        if PyList_GET_SIZE(self._ids) != self._room:
+            raise RuntimeError("SmoothRing is no longer usable: its ids were taken away by the garbage collector")
+        return 0
+
+    cdef object _expel(self, Py_ssize_t handle):
+        cdef Py_ssize_t place = self._places[handle]
+        cdef Py_ssize_t i
+        cdef int64_t weight = self._members[place].weight
+        ident = self._ids[handle]
+        self._ids[handle] = None
+        self._size -= 1
+        memmove(&self._members[place], &self._members[place + 1], (self._size - place) * sizeof(Member))
+        for i in range(place, self._size):
+            self._places[self._members[i].handle] = i
+        self._give_back(handle)
+        self._rebase(self._total - weight)
+        self._version += 1
+        return ident
+
+    cdef void _reweigh(self, Member *member, int64_t weight) noexcept:
+        if member.weight != weight:
+            self._rebase(self._total - member.weight + weight)
+            member.weight = weight
+
+    cdef void _rebase(self, int64_t total) noexcept:
+        # Scale, centre, bound: see the module's docstring.
+        cdef Py_ssize_t i
+        cdef int64_t mean = 0
+        cdef double ratio
+        if self._moved and self._size:
+            ratio = <double> total / <double> self._total
+            for i in range(self._size):
+                self._members[i].current = <int64_t> (<double> self._members[i].current * ratio)
+                mean += self._members[i].current
+            mean = mean // self._size  # towards zero, as C divides
+            for i in range(self._size):
+                self._members[i].current = max(-total, min(total, self._members[i].current - mean))
+        self._total = total
