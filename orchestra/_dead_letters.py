@@ -1,0 +1,121 @@
+"""The dead letters of one queue on Redis: list, replay, purge."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+from orchestra._delivery import WANTS_RESULT
+from orchestra._keys import QueueKeys
+from orchestra._link import Link
+from orchestra._scripts import script
+from orchestra._wire import Command, ReplyError, pack, reply_error
+from orchestra.errors import ConfigurationError, CorruptEntryError
+from orchestra.serialization import decode_header, decode_task, loads
+from orchestra.tasks import DeadLetter, require_int
+
+BATCH = 200
+
+
+class DeadLetters:
+    """What ``queue.read_dlq`` and its like do. ``link`` gives the connection to use."""
+
+    def __init__(self, keys: QueueKeys, link: Callable[[], Awaitable[Link]], patience: float) -> None:
+        self._keys = keys
+        self._link = link
+        self._patience = patience
+
+    async def depth(self) -> int:
+        """The number of dead letters; one round trip."""
+        return int(await self._ask("XLEN", self._keys.dlq))
+
+    async def read(self, count: int, after: str | None) -> list[DeadLetter]:
+        """Up to ``count`` (1 to 10,000) dead letters, oldest first, behind ``after``; one round trip."""
+        require_int("count", count, 1, 10_000, unit="dead letters")
+        start = "-" if after is None else f"({_checked(after)}"
+        rows = await self._ask("XRANGE", self._keys.dlq, start, "+", "COUNT", count)
+        return [_dead_letter(entry, fields) for entry, fields in rows]
+
+    async def replay(self, message_ids: Iterable[str]) -> int:
+        """Replay those of ``message_ids`` that still exist; one round trip per 200."""
+        ids, replayed = [_checked(i) for i in message_ids], 0
+        link = await self._link()
+        for start in range(0, len(ids), BATCH):
+            chunk = ids[start : start + BATCH]
+            results = [await self._result_key(i) for i in chunk]
+            keys = [self._keys.dlq, self._keys.counters, *self._keys.lanes]
+            sound = [(i, key) for i, key in zip(chunk, results, strict=True) if key]
+            if sound:
+                keys += [key for _, key in sound]
+                replayed += await link.script(script("replay"), keys, [i for i, _ in sound], self._patience)
+        return replayed
+
+    async def purge(self, message_ids: Iterable[str] | None) -> int:
+        """Delete ``message_ids``, or all; one round trip per 200."""
+        ids = None if message_ids is None else [_checked(i) for i in message_ids]
+        purged = 0
+        while True:
+            if ids is None:
+                chunk = [letter.message_id for letter in await self.read(BATCH, None)]
+            else:
+                chunk, ids = ids[:BATCH], ids[BATCH:]
+            if not chunk:
+                return purged
+            purged += int(await self._ask("XDEL", self._keys.dlq, *chunk))
+
+    async def _result_key(self, message_id: str) -> str | None:
+        """The key of the terminal record that a replay takes back; None for what cannot be replayed."""
+        rows = await self._ask("XRANGE", self._keys.dlq, message_id, message_id)
+        if not rows:
+            return None
+        frame = dict(zip(rows[0][1][::2], rows[0][1][1::2], strict=True)).get(b"t", b"")
+        try:
+            header = decode_header(frame)
+        except CorruptEntryError:
+            return None
+        wants = (header.flags or 0) & WANTS_RESULT
+        return self._keys.result(header.id) if wants else self._keys.result("-")
+
+    async def _ask(self, *command: Any) -> Any:
+        link = await self._link()
+        packed = pack([_as_command(command)])
+        (reply,), _ = await link.patiently(lambda: link.send(packed, 1), self._patience)
+        if isinstance(reply, ReplyError):
+            raise reply_error(reply, link.manager.address.safe) from reply
+        return reply
+
+
+def _as_command(command: tuple[Any, ...]) -> Command:
+    return command
+
+
+def _checked(message_id: str) -> str:
+    ms, _, seq = message_id.partition("-")
+    if not (ms.isdecimal() and seq.isdecimal()):
+        raise ConfigurationError(
+            f"a dead letter's id looks like 1700000000000-0, got {message_id!r}", field="message_id", value=message_id
+        )
+    return message_id
+
+
+def _dead_letter(entry: bytes, fields: list[bytes]) -> DeadLetter:
+    f = dict(zip(fields[::2], fields[1::2], strict=True))
+    raw = f.get(b"t", b"")
+    try:
+        task = decode_task(raw)
+    except CorruptEntryError:
+        task = None
+    try:
+        error = loads(f.get(b"e", b"\x80"))
+    except CorruptEntryError as corrupt:
+        error = {"error": f"the error information is unreadable: {corrupt}"}
+    message_id = entry.decode()
+    return DeadLetter(
+        message_id,
+        task,
+        error if isinstance(error, dict) else {"error": str(error)},
+        f.get(b"r", b"").decode("utf-8", "replace"),
+        int(f.get(b"n", b"0")),
+        int(message_id.partition("-")[0]) / 1000,
+        b"" if task is not None else raw,
+    )

@@ -1,0 +1,181 @@
+"""A delivery, the verdicts that end it, and the terminal record a sender may ask for. No I/O.
+
+An entry of a lane has the field ``t`` (the task's frame, see :mod:`orchestra.serialization`) and, once it has been
+moved, ``n`` (retries consumed), ``d`` (deliveries before this entry) and ``g`` (generation: how often the task was
+replayed from the dead letters). The frame never changes, so no script has to understand it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from orchestra.serialization import TaskHeader, decode_body, decode_header, decode_task, dumps, encode_task, loads
+from orchestra.tasks import BaseTask, TaskDict
+
+WANTS_RESULT = 1
+"""Bit of a frame's flags: the sender wants the terminal record kept."""
+
+
+class Delivery:
+    """One hand-over of a task to one consumer. Belongs to the event loop that read it.
+
+    ``deliveries`` counts hand-overs of this entry (1 unless it was reclaimed), ``before`` those of the task's earlier
+    entries, ``retries`` the attempts consumed so far. ``lost`` is set when the lease turned out to be another's.
+    """
+
+    __slots__ = (
+        "_header",
+        "before",
+        "consumer",
+        "deliveries",
+        "entry",
+        "frame",
+        "generation",
+        "lane",
+        "lost",
+        "rank",
+        "retries",
+    )
+
+    def __init__(
+        self, lane: int, entry: bytes, fields: Sequence[bytes], consumer: str, deliveries: int = 1, rank: int = 0
+    ) -> None:
+        self.lane = lane
+        self.entry = entry
+        self.consumer = consumer
+        self.deliveries = deliveries
+        self.rank = rank
+        self.lost = False
+        self._header: TaskHeader | None = None
+        self.retries = self.before = self.generation = 0
+        if len(fields) == 2 and fields[0] == b"t":  # noqa: PLR2004 - the common entry: never moved
+            self.frame = fields[1]
+        else:
+            self._read_fields(fields)
+
+    def _read_fields(self, fields: Sequence[bytes]) -> None:
+        by_name = dict(zip(fields[::2], fields[1::2], strict=False))
+        self.frame = by_name.get(b"t", b"")  # an entry without it is foreign: decoding its header says so
+        try:
+            self.retries = int(by_name.get(b"n", 0))
+            self.before = int(by_name.get(b"d", 0))
+            self.generation = int(by_name.get(b"g", 0))
+        except ValueError:
+            self.frame = b""
+
+    @property
+    def header(self) -> TaskHeader:
+        """The task's header, decoded once.
+
+        Raises:
+            CorruptEntryError: the entry is not a task that this version understands.
+        """
+        header = self._header
+        if header is None:
+            header = self._header = decode_header(self.frame)
+        return header
+
+    @property
+    def message_id(self) -> str:
+        """``<lane>:<entry id>``: what ``consume`` hands out and ``acknowledge`` takes."""
+        return f"{self.lane}:{self.entry.decode()}"
+
+    @property
+    def attempt(self) -> int:
+        """Number of this attempt, from 1."""
+        return self.retries + 1
+
+    @property
+    def fence(self) -> int:
+        """Strictly increasing over the deliveries of a task, for resources that check it."""
+        return self.generation << 40 | (self.before + self.deliveries)
+
+    @property
+    def wants_result(self) -> bool:
+        """Whether the sender wants the terminal record kept."""
+        return bool((self.header.flags or 0) & WANTS_RESULT)
+
+    def task(self) -> BaseTask:
+        """What the agent is handed; decodes the body."""
+        header = self.header
+        body = decode_body(self.frame, header)
+        return BaseTask(
+            header.id,
+            header.type,
+            body.pop("input", None),
+            header.lane,
+            self.retries + 1,
+            body.pop("metadata", None) or {},
+            header.max_retries,
+            header.timeout,
+            header.deadline,
+            self.fence,
+            body,
+        )
+
+    def task_dict(self) -> TaskDict:
+        """The task as it was produced."""
+        return decode_task(self.frame)
+
+    def __repr__(self) -> str:
+        return f"<Delivery {self.message_id} deliveries={self.deliveries} attempt={self.attempt}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """The task is done; ``value`` travels to a sender who wants it."""
+
+    value: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The task is to run again after ``delay`` seconds.
+
+    ``counter`` says why: ``"retried"`` consumes a retry; ``"throttled"`` and ``"released"`` do not.
+    """
+
+    delay: float
+    counter: str = "retried"
+
+
+@dataclass(frozen=True, slots=True)
+class Bury:
+    """The task is dead: ``reason`` is a short word for machines, ``error`` the facts for people."""
+
+    reason: str
+    attempts: int
+    error: dict[str, Any]
+
+
+Verdict: TypeAlias = Complete | Again | Bury
+DONE = Complete()
+"""The verdict of a finished task whose value nobody wants; shared, so that settling it allocates nothing."""
+
+
+def completed_record(task_id: str, value: Any, max_bytes: int) -> bytes:
+    """The terminal record of a completed task.
+
+    Raises:
+        InvalidTaskError: ``value`` cannot be encoded, or is too large.
+    """
+    return dumps({"id": task_id, "outcome": "completed", "value": value}, max_bytes=max_bytes)
+
+
+def dead_record(task_id: str, verdict: Bury) -> bytes:
+    """The terminal record of a dead task."""
+    fields = {"id": task_id, "outcome": "dead", "reason": verdict.reason, "attempts": verdict.attempts}
+    return dumps({**fields, "error": verdict.error})
+
+
+def read_record(record: bytes) -> dict[str, Any]:
+    """A terminal record as a dict: ``id``, ``outcome``, and ``value`` or ``reason``, ``attempts`` and ``error``."""
+    value = loads(record)
+    return value if isinstance(value, dict) else {"outcome": "corrupt"}
+
+
+def frame_of(task_data: TaskDict) -> bytes:
+    """The frame of a task dict that is already in flight (its ``delay`` has been served)."""
+    return encode_task({k: v for k, v in task_data.items() if k != "delay"}).frame

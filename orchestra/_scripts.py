@@ -1,0 +1,66 @@
+"""The Lua scripts: one file each under ``lua/``, called by content hash.
+
+``EVALSHA`` first; a server that does not know the script (restart, failover, ``SCRIPT FLUSH``) gets ``EVAL`` with the
+text, which also caches it. Content hashes let two releases run side by side, each calling the bytes it shipped with.
+Every script may be repeated after a lost reply with the same effect.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any, Protocol, TypeAlias
+
+import hiredis
+
+Arg: TypeAlias = bytes | str | int | float
+
+
+class Script:
+    """One script: ``name``, ``text`` and the ``sha`` that the server knows it by."""
+
+    __slots__ = ("name", "sha", "text")
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name = name
+        self.text = text
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+    def pack(self, keys: Sequence[str], args: Sequence[Arg]) -> bytes:
+        """The call as bytes for a wire."""
+        packed: bytes = hiredis.pack_command(("EVALSHA", self.sha, len(keys), *keys, *args))
+        return packed
+
+    def pack_with_text(self, keys: Sequence[str], args: Sequence[Arg]) -> bytes:
+        """The call for a server that has forgotten the script."""
+        packed: bytes = hiredis.pack_command(("EVAL", self.text, len(keys), *keys, *args))
+        return packed
+
+
+class _Client(Protocol):
+    async def execute_command(self, *args: Any, **options: Any) -> Any: ...
+
+
+@functools.cache
+def script(name: str) -> Script:
+    """The script ``lua/<name>.lua``."""
+    return Script(name, resources.files("orchestra.lua").joinpath(f"{name}.lua").read_text("utf-8"))
+
+
+def forgotten(error: BaseException) -> bool:
+    """Whether the server says that it does not know the script."""
+    text = str(error)
+    return text.startswith("NOSCRIPT") or "No matching script" in text
+
+
+async def call(client: _Client, name: str, keys: Sequence[str], args: Sequence[Arg]) -> Any:
+    """Run a script through a redis-py client; one round trip, two when the server has forgotten the script."""
+    lua = script(name)
+    try:
+        return await client.execute_command("EVALSHA", lua.sha, len(keys), *keys, *args)
+    except Exception as error:
+        if not forgotten(error):
+            raise
+        return await client.execute_command("EVAL", lua.text, len(keys), *keys, *args)

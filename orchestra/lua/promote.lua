@@ -1,0 +1,33 @@
+#!lua flags=allow-oom
+-- Moves due tasks from the delayed set to their lanes, and notes that the consumer is alive.
+-- Invariant: never early by the Redis clock; a task is added to its lane before it leaves the set; any worker may call.
+-- KEYS: 1-4 lane streams | 5 delayed zset | 6 bodies hash | 7 counters | 8 consumers zset
+-- ARGV: 1 most to move | 2 consumer ("": none)
+-- Returns: {moved, milliseconds until the next task is due (-1: none)}
+-- Complexity: O(moved log delayed)
+local now = redis.call('TIME')
+now = now[1] * 1000 + math.floor(now[2] / 1000)
+if ARGV[2] ~= '' then redis.call('ZADD', KEYS[8], now, ARGV[2]) end
+local due = redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', now, 'LIMIT', 0, ARGV[1])
+local moved = 0
+for i = 1, #due do
+  local member = due[i]
+  local packed = redis.call('HGET', KEYS[6], member)
+  if packed then
+    local lane, retries, before, generation, frame = unpack(cmsgpack.unpack(packed))
+    if retries == 0 and before == 0 and generation == 0 then
+      redis.call('XADD', KEYS[lane + 1], '*', 't', frame)
+    else
+      redis.call('XADD', KEYS[lane + 1], '*', 't', frame, 'n', retries, 'd', before, 'g', generation)
+    end
+    moved = moved + 1
+  else
+    redis.call('HINCRBY', KEYS[7], 'lost', 1)
+  end
+  redis.call('ZREM', KEYS[5], member)
+  redis.call('HDEL', KEYS[6], member)
+end
+local wait = -1
+local next = redis.call('ZRANGE', KEYS[5], 0, 0, 'WITHSCORES')
+if next[2] then wait = math.max(0, next[2] - now) end
+return {moved, wait}

@@ -1,0 +1,41 @@
+#!lua flags=allow-oom
+-- Moves deliveries of one lane to the delayed set, or straight back to their lane when there is no delay.
+-- Invariant: the task is added before its delivery is removed; only the holder moves it; the body is the stream's own.
+-- KEYS: 1 lane stream | 2 delayed zset | 3 bodies hash | 4 counters
+-- ARGV: 1 group | 2 consumer | 3 lane 0-3, then per delivery: id | deliveries | task id | delay ms | counter
+--       counter: "retried" (consumes a retry), "throttled" or "released" (do not)
+-- Returns: the ids that were STALE and left alone
+-- Complexity: O(deliveries (log pending + log delayed))
+local stream, group, consumer = KEYS[1], ARGV[1], ARGV[2]
+local now = redis.call('TIME')
+now = now[1] * 1000 + math.floor(now[2] / 1000)
+local stale = {}
+for i = 4, #ARGV, 5 do
+  local id, delay, counter = ARGV[i], tonumber(ARGV[i + 3]), ARGV[i + 4]
+  local row = redis.call('XPENDING', stream, group, id, id, 1, consumer)[1]
+  local entry = row and row[4] == tonumber(ARGV[i + 1]) and redis.call('XRANGE', stream, id, id)[1]
+  if entry then
+    local f = {n = 0, d = 0, g = 0}
+    for j = 1, #entry[2], 2 do f[entry[2][j]] = entry[2][j + 1] end
+    local retries = f.n + (counter == 'retried' and 1 or 0)
+    local before = f.d + row[4]
+    if delay > 0 then
+      local member = ARGV[i + 2]
+      if redis.call('HEXISTS', KEYS[3], member) == 1 then member = member .. ' ' .. id end
+      redis.call('HSET', KEYS[3], member, cmsgpack.pack({tonumber(ARGV[3]), retries, before, tonumber(f.g), f.t}))
+      redis.call('ZADD', KEYS[2], now + delay, member)
+    else
+      redis.call('XADD', stream, '*', 't', f.t, 'n', retries, 'd', before, 'g', f.g)
+    end
+    redis.call('XACK', stream, group, id)
+    redis.call('XDEL', stream, id)
+    redis.call('HINCRBY', KEYS[4], counter, 1)
+  else
+    if row then -- pending, but trimmed away by somebody: say so instead of waiting for it for ever
+      redis.call('XACK', stream, group, id)
+      redis.call('HINCRBY', KEYS[4], 'lost', 1)
+    end
+    stale[#stale + 1] = id
+  end
+end
+return stale
