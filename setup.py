@@ -30,7 +30,7 @@ compile_args: list[str] = []
 link_args: list[str] = []
 macros: list[tuple[str, str | None]] = []
 if sys.platform != "win32":
-    compile_args += ["-O0", "-g", "-UNDEBUG"] if debug else ["-O2"]
+    compile_args += ["-O0", "-g", "-UNDEBUG"] if debug else ["-O3"]
     compile_args += ["-Wall", "-Wno-unused-function", "-Wno-unreachable-code"]
     if sanitize:
         flags = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]

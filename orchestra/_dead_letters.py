@@ -70,9 +70,10 @@ class DeadLetters:
             return None
         frame = dict(zip(rows[0][1][::2], rows[0][1][1::2], strict=True)).get(b"t", b"")
         try:
-            header = decode_header(frame)
+            decode_task(frame)
         except CorruptEntryError:
             return None
+        header = decode_header(frame)
         wants = (header.flags or 0) & WANTS_RESULT
         return self._keys.result(header.id) if wants else self._keys.result("-")
 

@@ -71,8 +71,8 @@ class Execution:
             return Ended(Outcome.CANCELLED, _bury("deadline_missed", delivery.retries, "the deadline passed before the start"))
         agent = self._agents.get(task.type)
         if agent is None:
-            error = unknown_agent(task.type, self._agents)
-            return Ended(Outcome.FAILED, _bury("unknown_agent", delivery.retries, str(error)))
+            text = str(unknown_agent(task.type, self._agents))
+            return Ended(Outcome.FAILED, _bury("unknown_agent", delivery.retries, text))
         try:
             refused = await self._refused(task, agent.options)
             if refused is not None:
@@ -113,7 +113,7 @@ class Execution:
             return None
         info = {"id": task.id, "type": task.type, "priority": task.priority, "input": task.input}
         chosen = self._balancer_for(agent).select_worker(free, info)
-        return chosen if isinstance(chosen, Replica) else next((r for r in free if r.worker_id == chosen), free[0])
+        return chosen if isinstance(chosen, Replica) else None  # None: the strategy finds all of them unhealthy
 
     async def _attempt(
         self, delivery: Delivery, task: BaseTask, agent: AgentType, replica: Replica, slot: Slot
@@ -130,6 +130,8 @@ class Execution:
         finally:
             slot.deadline = None
             replica.running -= 1
+            if len(agent.replicas) > 1:
+                self._balancer_for(agent).task_done(replica.worker_id)
         if value is None and not delivery.wants_result:
             return _COMPLETED
         return Ended(Outcome.COMPLETED, Complete(value) if delivery.wants_result else DONE)
@@ -141,8 +143,6 @@ class Execution:
             if worker is not None and worker.cancelling():
                 raise  # noqa: PLE0704 - called from the handler
             return self._raised(delivery, task, options, RuntimeError("the agent raised CancelledError by itself"))
-        if worker is not None:
-            worker.uncancel()
         if slot.why is Outcome.TIMED_OUT:
             timeout = options.timeout if task.timeout is None else task.timeout
             error = TimeoutError(f"the attempt took longer than its timeout of {timeout:g} s")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from orchestra import telemetry
 from orchestra._backoff import Reconnect
@@ -20,6 +20,7 @@ from orchestra.errors import StoreUnavailableError
 if TYPE_CHECKING:
     from orchestra.connections import ConnectionManager
 
+T = TypeVar("T")
 logger = logging.getLogger("orchestra.link")
 
 
@@ -89,7 +90,7 @@ class Link:
             await wire.drain()
         return await asyncio.shield(wire.send_nowait(packed, count, timeout=timeout))
 
-    async def patiently(self, attempt: Callable[[], Any], patience: float) -> tuple[Any, bool]:
+    async def patiently(self, attempt: Callable[[], Awaitable[T]], patience: float) -> tuple[T, bool]:
         """Repeat ``await attempt()`` while Redis is unavailable, for up to ``patience`` seconds.
 
         Returns the result and whether it took more than one attempt; a repeated attempt may find its work done.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from orchestra._delivery import read_record
@@ -23,12 +24,24 @@ LOOK_AGAIN = 2.0
 
 
 class ReplyListener:
-    """Resolves ``wait_result`` calls of one queue object; ``client`` is the name senders write into their tasks."""
+    """Resolves ``wait_result`` calls of one queue object; ``client`` is the name senders write into their tasks.
 
-    def __init__(self, keys: QueueKeys, manager: ConnectionManager) -> None:
+    A ``client`` of one's own stays the same over restarts, so that results of tasks sent before are heard too;
+    ``on_record`` is called with every record heard.
+    """
+
+    def __init__(
+        self,
+        keys: QueueKeys,
+        manager: ConnectionManager,
+        *,
+        client: str | None = None,
+        on_record: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         self._keys = keys
         self._manager = manager
-        self.client = secrets.token_hex(8)
+        self.client = client or secrets.token_hex(8)
+        self._on_record = on_record
         self._waiting: dict[str, set[asyncio.Future[dict[str, Any]]]] = {}
         self._task: asyncio.Task[None] | None = None
         self._subscribed = asyncio.Event()
@@ -91,6 +104,8 @@ class ReplyListener:
             record = read_record(data)
         except CorruptEntryError:
             return
+        if self._on_record is not None:
+            self._on_record(record)
         for future in self._waiting.get(str(record.get("id")), ()):
             if not future.done():
                 future.set_result(record)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import hiredis
 
 Arg: TypeAlias = bytes | str | int | float
+
+# hiredis's own stub says that a command is a tuple of one element.
+_pack: Callable[[tuple[Arg, ...]], bytes] = cast("Any", hiredis.pack_command)
 
 
 class Script:
@@ -30,13 +33,11 @@ class Script:
 
     def pack(self, keys: Sequence[str], args: Sequence[Arg]) -> bytes:
         """The call as bytes for a wire."""
-        packed: bytes = hiredis.pack_command(("EVALSHA", self.sha, len(keys), *keys, *args))
-        return packed
+        return _pack(("EVALSHA", self.sha, len(keys), *keys, *args))
 
     def pack_with_text(self, keys: Sequence[str], args: Sequence[Arg]) -> bytes:
         """The call for a server that has forgotten the script."""
-        packed: bytes = hiredis.pack_command(("EVAL", self.text, len(keys), *keys, *args))
-        return packed
+        return _pack(("EVAL", self.text, len(keys), *keys, *args))
 
 
 class _Client(Protocol):

@@ -38,8 +38,8 @@ def shared(kind: str, name: str, make: Callable[[], T]) -> T:
     try:
         bucket = _per_loop.setdefault(asyncio.get_running_loop(), {})
     except RuntimeError:
-        return _homeless[key] if key in _homeless else _homeless.setdefault(key, make())
-    if key not in bucket:
+        bucket = _homeless
+    if key not in bucket:  # _homeless itself is the bucket where no loop runs
         bucket[key] = _homeless.pop(key) if key in _homeless else make()
     instance: T = bucket[key]
     return instance

@@ -49,8 +49,10 @@ class StreamReader:
         self._rank = 0
         self._take = script("take")
 
-    async def read(self, count: int, block_ms: int) -> list[Delivery]:
+    async def read(self, count: int, block_ms: int, *, exact: bool = False) -> list[Delivery]:
         """Up to ``count`` deliveries; waits up to ``block_ms`` for the first.
+
+        ``exact``: nothing less urgent while something more urgent waits, whatever it costs.
 
         A ``count`` below the number of lanes may bring a few more after a block, when several lanes fill in the same
         moment; the caller gives those back.
@@ -59,9 +61,9 @@ class StreamReader:
             GroupMissingError: nothing can be read until the groups exist.
             StoreUnavailableError: what was delivered, if anything, comes back after its lease.
         """
-        if count < EXACT_BELOW:
+        if exact or count < EXACT_BELOW or (block_ms <= 0 and not self._flooded):
             found = await self._read_exactly(count)
-        elif self._flooded or block_ms <= 0:
+        elif self._flooded:
             found = await self._read_split(count)
         else:
             found = []

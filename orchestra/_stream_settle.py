@@ -5,7 +5,7 @@ Deliveries of one lane and one kind of verdict travel in one script call, and al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from orchestra._delivery import DONE, Again, Bury, Complete, Delivery, Verdict, completed_record, dead_record
@@ -54,7 +54,7 @@ class SettlePlanner:
             else:
                 rest.setdefault((*key, type(final)), []).append((delivery, final))
         calls = [self._plain(lane, consumer, group, held[lane]) for (lane, consumer), group in plain.items()]
-        planners = {Complete: self._with_result, Again: self._again, Bury: self._bury}
+        planners: dict[type, Callable[..., Settling]] = {Complete: self._with_result, Again: self._again, Bury: self._bury}
         calls += [planners[kind](lane, consumer, group) for (lane, consumer, kind), group in rest.items()]
         return calls
 

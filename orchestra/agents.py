@@ -15,11 +15,13 @@ import inspect
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import connection
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from orchestra.errors import ConfigurationError, UnknownAgentError
@@ -131,6 +133,8 @@ class AgentRegistry:
     def __init__(self) -> None:
         self._types: dict[str, AgentType] = {}
         self._executors: dict[str, Executor] = {}
+        self.processors: int | None = None
+        """How many processes ``executor="process"`` uses, None for one per core."""
 
     def register(
         self,
@@ -253,7 +257,7 @@ class AgentRegistry:
         async def call(task: BaseTask) -> Any:
             executor = self._executors.get("process")
             if executor is None:
-                executor = self._executors["process"] = _process_pool()
+                executor = self._executors["process"] = _process_pool(self.processors)
             try:
                 return await asyncio.get_running_loop().run_in_executor(executor, function, task)
             except BrokenProcessPool:
@@ -265,16 +269,24 @@ class AgentRegistry:
         return call
 
 
-def _process_pool() -> ProcessPoolExecutor:
+def _process_pool(size: int | None) -> ProcessPoolExecutor:
     # spawn: a forked child would share the parent's sockets and locks held by its threads
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(os.cpu_count() or 1, mp_context=context, initializer=_quiet_child)
+    return ProcessPoolExecutor(size or os.cpu_count() or 1, mp_context=context, initializer=_be_child)
 
 
-def _quiet_child() -> None:
-    """Ctrl-C reaches the whole process group; only the parent decides what it means."""
+def _be_child() -> None:
+    """Ctrl-C reaches the whole process group; only the parent decides what it means. Its death ends the child."""
     with suppress(ValueError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # the pool's pipes do not tell: its children hold both ends of them
+        threading.Thread(target=_end_with, args=(parent.sentinel,), name="parent-watch", daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
 
 
 def _options(task_type: str, options: dict[str, Any]) -> AgentOptions:

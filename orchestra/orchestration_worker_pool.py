@@ -125,7 +125,11 @@ class Slot:
 
 
 class Source(Protocol[Item]):
-    """Where workers find work. ``run_item`` must not raise, except CancelledError when the pool itself is cancelled."""
+    """Where workers find work.
+
+    ``run_item`` must not raise, except CancelledError when the pool itself is cancelled. An interruption reaches it as
+    a CancelledError with ``slot.why`` set; it swallows that, and the pool takes the cancellation back.
+    """
 
     def take_nowait(self) -> Item | None:
         """The next item, None when there is none to run now."""
@@ -239,15 +243,19 @@ class QueueWorkerPool:
         future = item.future
         task = slot.task
         assert task is not None
-        future.add_done_callback(lambda f: slot.interrupt(Outcome.CANCELLED) if f.cancelled() else None)
+
+        def cancelled(done: asyncio.Future[Any]) -> None:
+            if done.cancelled() and slot.item is item:  # called a turn later, when another item may run here
+                slot.interrupt(Outcome.CANCELLED)
+
+        future.add_done_callback(cancelled)
         try:
             result = await item.func(*item.args, **item.kwargs)
         except asyncio.CancelledError:
             self.metrics.cancelled += 1
             future.cancel()
-            if slot.why is None:
+            if slot.why is None and task.cancelling():
                 raise  # the worker itself is being cancelled
-            task.uncancel()
         except Exception as error:
             self.metrics.failed += 1
             if not future.done():
@@ -310,8 +318,10 @@ class QueueWorkerPool:
 
     async def _work(self, slot: Slot) -> None:
         metrics, clock = self.metrics, time.monotonic
+        task = slot.task
+        assert task is not None
         woken = True
-        while len(self.slots) <= self.concurrency:
+        while len(self.slots) <= self.concurrency and not task.cancelling():
             if clock() >= self._turn_ends and not await self._breathe():
                 continue
             found = self._take()
@@ -328,8 +338,12 @@ class QueueWorkerPool:
                 await source.run_item(slot.item, slot)
             finally:
                 metrics.running_tasks -= 1
+                if slot.why is not None:
+                    task.uncancel()  # an interruption is one cancellation; whatever the item made of it, it is over
                 slot.item = slot.why = slot.deadline = None
         self.slots.discard(slot)  # now, not when the task is done: the next worker to look counts those that stay
+        if not task.cancelling():
+            self.wake()  # a surplus worker was woken instead of one that stays
 
     async def _breathe(self) -> bool:
         """Begin a new turn; False for a worker that has to wait for it."""
@@ -399,11 +413,15 @@ class QueueWorkerPool:
             job.future.cancel()
         self._jobs.clear()
         self.metrics.queued_tasks = 0
+        self._note_change()
         tasks = [slot.task for slot in self.slots if slot.task is not None and slot.task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         if tasks:
             _, stuck = await asyncio.wait(tasks, timeout=1.0)
+            for slot in self.slots:
+                if isinstance(slot.item, _Job):
+                    slot.item.future.cancel()
             if stuck:
                 logger.error("pool %s: %d jobs ignore their cancellation and are left behind", self.name, len(stuck))
 

@@ -10,6 +10,7 @@ One event loop per queue object. Concurrent calls are safe; cancelling one leave
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Awaitable, Iterable, Sequence
@@ -29,7 +30,7 @@ from orchestra._scripts import Arg, script
 from orchestra._stream_produce import TOKEN_WINDOW_MS, StreamProducer
 from orchestra._stream_read import GroupMissingError, StreamReader
 from orchestra._stream_settle import SettlePlanner, Settling
-from orchestra._wire import ReplyError, pack, reply_code, reply_error
+from orchestra._wire import Command, ReplyError, pack, reply_code, reply_error
 from orchestra.connections import ConnectionManager, get_connection_manager
 from orchestra.errors import ConfigurationError, CorruptEntryError, StoreError
 from orchestra.serialization import MAX_TASK_BYTES, encode_task
@@ -150,7 +151,7 @@ class RedisStreamTaskQueue(BaseTaskQueue):
 
     async def _make_groups(self) -> None:
         link = await self._commands()
-        commands = [("XGROUP", "CREATE", lane, self.group, "0", "MKSTREAM") for lane in self.keys.lanes]
+        commands: list[Command] = [("XGROUP", "CREATE", lane, self.group, "0", "MKSTREAM") for lane in self.keys.lanes]
         commands += [("XINFO", "GROUPS", lane) for lane in self.keys.lanes]
         replies, _ = await link.patiently(lambda: link.send(pack(commands), len(commands)), self._patience)
         for reply in replies[:LANES]:
@@ -226,10 +227,11 @@ class RedisStreamTaskQueue(BaseTaskQueue):
 
     # -- consuming
 
-    async def read(self, consumer: str, count: int, block_ms: int) -> list[Delivery]:
+    async def read(self, consumer: str, count: int, block_ms: int, *, exact: bool = False) -> list[Delivery]:
         """Up to ``count`` deliveries for ``consumer``, most urgent first; waits up to ``block_ms`` for the first.
 
-        One read per consumer at a time. Not to be cancelled (that costs the connection, and what was on its way waits
+        ``exact`` keeps the order of priorities to the letter, at the price of a slower read. One read per consumer at a
+        time. Not to be cancelled (that costs the connection, and what was on its way waits
         for its lease): :meth:`wake` ends it.
 
         Raises:
@@ -239,7 +241,7 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         if self._prepared is None or not self._prepared.done():
             await self._prepare()
         try:
-            deliveries = await reader.read(count, block_ms)
+            deliveries = await reader.read(count, block_ms, exact=exact)
         except GroupMissingError as error:
             logger.warning("queue %s: %s; making the group again", self.name, error)
             telemetry.emit("queue.group_recreated", {}, {"queue": self.name, "lane": -1})
@@ -255,7 +257,7 @@ class RedisStreamTaskQueue(BaseTaskQueue):
 
     async def _read_safely(self, consumer: str, count: int, block_ms: int) -> list[Delivery]:
         """:meth:`read` that may be cancelled: what it brings after that is released."""
-        reading = asyncio.ensure_future(self.read(consumer, count, block_ms))
+        reading = asyncio.ensure_future(self.read(consumer, count, block_ms, exact=True))
         try:
             return await asyncio.shield(reading)
         except asyncio.CancelledError:
@@ -290,6 +292,7 @@ class RedisStreamTaskQueue(BaseTaskQueue):
             ConfigurationError: a bad consumer name or count.
             StoreUnavailableError: Redis was unavailable for longer than ``patience``.
         """
+        check_name("consumer_name", consumer_name)
         require_int("count", count, 1, 100_000, unit="tasks")
         require_int("block_ms", block_ms, 0, 86_400_000, unit="ms")
         deadline = time.monotonic() + block_ms / 1000
@@ -300,7 +303,8 @@ class RedisStreamTaskQueue(BaseTaskQueue):
             left = deadline - time.monotonic()
             if not found:
                 block = max(0, int(1000 * min(left, work.next_in)))
-                found, _ = await link.patiently(lambda b=block: self._read_safely(consumer_name, count, b), self._patience)
+                read = functools.partial(self._read_safely, consumer_name, count, block)
+                found, _ = await link.patiently(read, self._patience)
             tasks = await self._readable(found)
             if tasks or time.monotonic() >= deadline:
                 return tasks
@@ -324,6 +328,8 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         Keeps trying for a lease while Redis is unavailable. After a repeat it cannot know whether a missing delivery
         was settled by the first try or is stale, and reports it as settled.
         """
+        if not batch:
+            return []
         held = [len(lane) for lane in self.held]
         plan = self._planner.plan(batch, held)
         link = await self._commands()
@@ -398,6 +404,7 @@ class RedisStreamTaskQueue(BaseTaskQueue):
             StoreUnavailableError: at once.
         Cost: one round trip, and one for each lane when reclaiming.
         """
+        check_name("consumer_name", consumer)
         link = await self._commands()
         keys = (*self.keys.lanes, self.keys.delayed, self.keys.bodies, self.keys.counters, self.keys.consumers)
         moved, wait_ms = await link.script(script("promote"), keys, (PROMOTE_BATCH, consumer))

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -16,6 +17,9 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+
+# For `tests.reference`. At the end, so that an installed orchestra is not hidden by the sources beside this folder.
+sys.path.append(str(Path(__file__).parents[1]))
 
 QUICK = ("--save", "", "--appendonly", "no", "--enable-debug-command", "local", "--daemonize", "no")
 

@@ -25,7 +25,7 @@ from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import Outcome, Retry
 
 WORKER = """
-    import asyncio, os, sys
+    import asyncio, os, sys, time
     from orchestra import _identity
     from orchestra.agents import AgentRegistry
     from orchestra.connections import ConnectionManager
@@ -40,8 +40,14 @@ WORKER = """
         print("dying", task.id, flush=True)
         os._exit(9)
 
+    async def block(task):
+        print("blocking", task.id, flush=True)
+        time.sleep(1.5)
+        print("done", task.id, flush=True)
+
     async def main():
         agents = AgentRegistry()
+        agents.register("block", block)
         agents.register("hang", hang)
         agents.register("die", die)
         manager = ConnectionManager(os.environ["ORCHESTRA_REDIS_URL"])
@@ -144,6 +150,22 @@ async def test_a_killed_worker_of_another_machine_is_replaced_after_its_lease(ma
             await done.wait()
         assert time.monotonic() - killed >= 0.4, "not before the lease can have ended"
         await settled(queue)
+    await queue.close()
+
+
+async def test_a_blocked_event_loop_keeps_its_leases(manager, worker):
+    queue = queue_for(manager, 600)
+    await queue.produce({"id": "t", "type": "block"})
+    blocked = worker(600)
+    assert await asyncio.to_thread(blocked.stdout.readline) == "blocking t\n"
+    end = time.monotonic() + 1.3
+    while time.monotonic() < end:
+        assert await queue.reclaim("thief", 10, 600) == []
+        await asyncio.sleep(0.05)
+    assert await asyncio.to_thread(blocked.stdout.readline) == "done t\n"
+    stats = await settled(queue)
+    assert stats.counters == {"produced": 1, "completed": 1}
+    kill(blocked)
     await queue.close()
 
 
