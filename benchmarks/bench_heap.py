@@ -12,6 +12,7 @@ import random
 import timeit
 
 import pytest
+
 from orchestra._ext.heap import TaskHeap
 
 OWED = 2.0

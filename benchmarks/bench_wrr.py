@@ -9,8 +9,8 @@ from __future__ import annotations
 import timeit
 
 import pytest
-from orchestra._ext.wrr import SmoothRing
 
+from orchestra._ext.wrr import SmoothRing
 from tests.reference.wrr import SmoothRing as Model
 
 OWED_NS = 60.0

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from orchestra import telemetry
 from orchestra.serialization import TaskHeader, decode_body, decode_header, decode_task, dumps, encode_task, loads
 from orchestra.tasks import BaseTask, TaskDict
 
@@ -50,7 +51,7 @@ class Delivery:
         self.lost = False
         self._header: TaskHeader | None = None
         self.retries = self.before = self.generation = 0
-        if len(fields) == 2 and fields[0] == b"t":  # noqa: PLR2004 - the common entry: never moved
+        if len(fields) == 2 and fields[0] == b"t":
             self.frame = fields[1]
         else:
             self._read_fields(fields)
@@ -179,3 +180,9 @@ def read_record(record: bytes) -> dict[str, Any]:
 def frame_of(task_data: TaskDict) -> bytes:
     """The frame of a task dict that is already in flight (its ``delay`` has been served)."""
     return encode_task({k: v for k, v in task_data.items() if k != "delay"}).frame
+
+
+def corrupt_verdict(queue: str, delivery: Delivery, error: Exception) -> Bury:
+    """The end of an entry that is not a task; its bytes are kept."""
+    telemetry.emit("queue.corrupt", {}, {"queue": queue, "message_id": delivery.message_id, "error": str(error)})
+    return Bury("corrupt", 0, {"error": str(error), "error_type": type(error).__name__})

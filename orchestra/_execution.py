@@ -15,13 +15,12 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any, NamedTuple
 
 from orchestra import _backoff, telemetry
-from orchestra._delivery import DONE, Again, Bury, Complete, Delivery, Verdict
+from orchestra._delivery import DONE, Again, Bury, Complete, Delivery, Verdict, corrupt_verdict
 from orchestra.agents import AgentOptions, AgentRegistry, AgentType, Limiter, Replica, unknown_agent
 from orchestra.errors import CorruptEntryError, Reject, RetryLater, Throttled
 from orchestra.load_balancer import BaseLoadBalancerStrategy
 from orchestra.orchestration_worker_pool import Slot
 from orchestra.tasks import BaseTask, Outcome, Retry
-from orchestra.task_queue import corrupt_verdict
 
 BUSY_DELAY = 0.05
 """Seconds a task waits when every replica of its agent is full."""
@@ -36,7 +35,6 @@ class Ended(NamedTuple):
 
     outcome: Outcome
     verdict: Verdict
-
 
 
 class Execution:
@@ -68,7 +66,9 @@ class Execution:
         except CorruptEntryError as error:
             return Ended(Outcome.FAILED, corrupt_verdict(self._queue, delivery, error))
         if task.deadline is not None and time.time() > task.deadline:
-            return Ended(Outcome.CANCELLED, _bury("deadline_missed", delivery.retries, "the deadline passed before the start"))
+            return Ended(
+                Outcome.CANCELLED, _bury("deadline_missed", delivery.retries, "the deadline passed before the start")
+            )
         agent = self._agents.get(task.type)
         if agent is None:
             text = str(unknown_agent(task.type, self._agents))
@@ -84,7 +84,9 @@ class Execution:
         except asyncio.CancelledError:
             return self._interrupted(delivery, task, agent.options, slot)
         except SystemExit as error:
-            return self._raised(delivery, task, agent.options, RuntimeError(f"the agent called sys.exit({error.code!r})"))
+            return self._raised(
+                delivery, task, agent.options, RuntimeError(f"the agent called sys.exit({error.code!r})")
+            )
         except Exception as error:  # noqa: BLE001 - whatever an agent raises is an outcome
             return self._raised(delivery, task, agent.options, error)
 

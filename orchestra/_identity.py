@@ -43,6 +43,6 @@ def consumer_name() -> str:
 def is_dead(consumer: str) -> bool:
     """Whether ``consumer`` was a process of this machine that has certainly ended."""
     parts = consumer.split(".")
-    if len(parts) != 4 or not machine() or parts[0] != machine() or not parts[1].isdecimal():  # noqa: PLR2004
+    if len(parts) != 4 or not machine() or parts[0] != machine() or not parts[1].isdecimal():
         return False
     return start_time(int(parts[1])) != parts[2]

@@ -81,7 +81,7 @@ class Link:
         self._backoff.reset()
         return wire
 
-    async def send(self, packed: bytes, count: int, timeout: float | None = None) -> list[Any]:  # noqa: ASYNC109
+    async def send(self, packed: bytes, count: int, timeout: float | None = None) -> list[Any]:
         """Send packed commands once; error replies are elements of the list. Survives the caller's cancellation."""
         wire = self._wire
         if wire is None or wire.closed:

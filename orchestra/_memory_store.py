@@ -184,7 +184,7 @@ class MemoryStore:
     def take(self, consumer: str, count: int) -> list[tuple[int, bytes, Held]]:
         """Hand out up to ``count`` waiting tasks, most urgent lane first."""
         now = self.clock.monotonic()
-        out = []
+        out: list[tuple[int, bytes, Held]] = []
         for number, lane in enumerate(self.lanes):
             while lane.waiting and len(out) < count:
                 ident, entry = lane.waiting.popleft()

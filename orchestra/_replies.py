@@ -53,7 +53,7 @@ class ReplyListener:
             self._task = asyncio.get_running_loop().create_task(self._listen(), name="orchestra:replies")
         await self._subscribed.wait()
 
-    async def wait(self, task_id: str, timeout: float | None) -> dict[str, Any]:  # noqa: ASYNC109 - documented
+    async def wait(self, task_id: str, timeout: float | None) -> dict[str, Any]:
         """The terminal record of ``task_id``; see :meth:`~orchestra.task_queue.RedisStreamTaskQueue.wait_result`."""
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(task_id, set()).add(future)

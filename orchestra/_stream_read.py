@@ -84,7 +84,7 @@ class StreamReader:
         share = self._reads % LOWER_SHARE_EVERY == 0 and busy < LANES - 1
         lower = range(busy + 1, LANES) if share else range(0)
         most = count - probe * (busy + len(lower))
-        asked = {lane: probe for lane in range(busy)} | {busy: most} | {lane: probe for lane in lower}
+        asked = dict.fromkeys(range(busy), probe) | {busy: most} | dict.fromkeys(lower, probe)
         commands = [self._command(probe, range(busy))] if busy else []
         commands.append(self._command(most, (busy,)))
         if share:

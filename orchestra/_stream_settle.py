@@ -54,7 +54,11 @@ class SettlePlanner:
             else:
                 rest.setdefault((*key, type(final)), []).append((delivery, final))
         calls = [self._plain(lane, consumer, group, held[lane]) for (lane, consumer), group in plain.items()]
-        planners: dict[type, Callable[..., Settling]] = {Complete: self._with_result, Again: self._again, Bury: self._bury}
+        planners: dict[type, Callable[..., Settling]] = {
+            Complete: self._with_result,
+            Again: self._again,
+            Bury: self._bury,
+        }
         calls += [planners[kind](lane, consumer, group) for (lane, consumer, kind), group in rest.items()]
         return calls
 

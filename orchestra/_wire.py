@@ -114,7 +114,7 @@ class Wire(asyncio.BufferedProtocol):
         self.on_close: Callable[[Wire, StoreUnavailableError | None], object] | None = None
 
     @classmethod
-    async def connect(cls, endpoint: Endpoint, *, timeout: float = 10.0, connect_timeout: float = 5.0) -> Wire:  # noqa: ASYNC109 - of later calls
+    async def connect(cls, endpoint: Endpoint, *, timeout: float = 10.0, connect_timeout: float = 5.0) -> Wire:
         """Connect and greet (AUTH, SELECT, CLIENT SETNAME: one round trip).
 
         ``timeout``: seconds a reply may take when a call says nothing else. ``connect_timeout``: seconds for all this.
@@ -191,7 +191,7 @@ class Wire(asyncio.BufferedProtocol):
         commands: Iterable[Command] | bytes,
         count: int | None = None,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109 - fails the connection
+        timeout: float | None = None,
     ) -> list[Any]:
         """Send many commands (or packed bytes holding ``count`` of them) and return their replies in order.
 
@@ -213,7 +213,7 @@ class Wire(asyncio.BufferedProtocol):
             await self.drain()
         return await self.send_nowait(packed, count, timeout=timeout)
 
-    async def call(self, *args: Argument, timeout: float | None = None) -> Any:  # noqa: ASYNC109 - fails the connection
+    async def call(self, *args: Argument, timeout: float | None = None) -> Any:
         """Send one command and return its reply; ``timeout`` in seconds (block + margin for a blocking read).
 
         Raises: StoreAuthError, StoreFullError, StoreUnavailableError or StoreError for an error reply (its code:
@@ -263,7 +263,7 @@ class Wire(asyncio.BufferedProtocol):
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH)
         _open_wires.add(self)
 
-    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - the interface's signature
+    def get_buffer(self, sizehint: int) -> memoryview:
         """Part of asyncio's protocol interface."""
         return self._buffer
 

@@ -82,10 +82,14 @@ class AgentOptions:
         if self.timeout is not None:
             require_number("agent timeout", self.timeout, 0.0, 30 * 86_400.0, unit="seconds", exclusive=True)
         if self.retry is not None and not isinstance(self.retry, Retry):
-            raise ConfigurationError(f"agent retry must be a Retry, got {self.retry!r}", field="retry", value=self.retry)
+            raise ConfigurationError(
+                f"agent retry must be a Retry, got {self.retry!r}", field="retry", value=self.retry
+            )
         if self.executor not in ("thread", "process"):
             raise ConfigurationError(
-                f"agent executor must be 'thread' or 'process', got {self.executor!r}", field="executor", value=self.executor
+                f"agent executor must be 'thread' or 'process', got {self.executor!r}",
+                field="executor",
+                value=self.executor,
             )
         if self.limiter is not None and not hasattr(self.limiter, "try_acquire"):
             raise ConfigurationError(
@@ -99,7 +103,9 @@ class Replica:
 
     __slots__ = ("call", "max_concurrency", "running", "task_type", "weight", "worker_id")
 
-    def __init__(self, task_type: str, worker_id: str, call: AgentCall, weight: int, max_concurrency: int | None) -> None:
+    def __init__(
+        self, task_type: str, worker_id: str, call: AgentCall, weight: int, max_concurrency: int | None
+    ) -> None:
         self.task_type = task_type
         self.worker_id = worker_id
         self.call = call
@@ -248,8 +254,12 @@ class AgentRegistry:
         async def call(task: BaseTask) -> Any:
             executor = self._executors.get("thread")
             if executor is None:
-                executor = self._executors["thread"] = ThreadPoolExecutor(min(64, 8 * (os.cpu_count() or 1)), "orchestra-agent")
-            return await asyncio.get_running_loop().run_in_executor(executor, function, task)
+                executor = self._executors["thread"] = ThreadPoolExecutor(
+                    min(64, 8 * (os.cpu_count() or 1)), "orchestra-agent"
+                )
+            result = await asyncio.get_running_loop().run_in_executor(executor, function, task)
+            # a lambda or decorator around an async function does not look like one until it is called
+            return await result if inspect.isawaitable(result) else result
 
         return call
 

@@ -236,7 +236,7 @@ class ConnectionManager(Connectable):
             raise StoreUnavailableError(f"not connected to {self.address.safe} yet: `await manager.connect()` first")
         return self._client
 
-    async def open_wire(self, role: str, *, timeout: float | None = None) -> Wire:  # noqa: ASYNC109 - of its calls
+    async def open_wire(self, role: str, *, timeout: float | None = None) -> Wire:
         """A new hot connection, called ``<client_name>:<role>``; the caller owns, closes and replaces it.
 
         ``timeout``: seconds a reply may take unless a call says otherwise. A Sentinel is asked for the present master

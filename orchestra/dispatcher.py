@@ -21,7 +21,7 @@ from orchestra._delivery import Again, Bury, Delivery, Verdict
 from orchestra._execution import Ended, Execution
 from orchestra._lifecycle import Service
 from orchestra.agents import AgentRegistry, AgentType, get_agent_registry
-from orchestra.errors import StoreError
+from orchestra.errors import StoreError, StoreUnavailableError
 from orchestra.load_balancer import BaseLoadBalancerStrategy, WeightedRoundRobinStrategy, create_load_balancer
 from orchestra.orchestration_worker_pool import OrchestrationWorkerPoolConfig, QueueWorkerPool, Slot
 from orchestra.scheduler import PriorityScheduler
@@ -40,6 +40,8 @@ PREFETCH_SECONDS, PREFETCH_MOST = 0.02, 1000
 AGING_MS = 5000
 """Per priority level: a task that was read goes before more urgent ones read so much later."""
 SWEEP = 0.05
+REACH_PATIENCE = 1.0
+"""Seconds that starting keeps trying to reach Redis."""
 STUCK_AFTER = 5.0
 """Seconds after which an agent that ignores its cancellation is reported."""
 LAST_GRACE = 1.0
@@ -112,7 +114,11 @@ class Dispatcher(Service):
         self._drain_timeout = drain_timeout
         base = retry or Retry()
         retry = Retry(
-            max_retries=default_max_retries, base=base.base, factor=base.factor, max_delay=base.max_delay, jitter=base.jitter
+            max_retries=default_max_retries,
+            base=base.base,
+            factor=base.factor,
+            max_delay=base.max_delay,
+            jitter=base.jitter,
         )
         self._balancer = load_balancer
         self._balancers: dict[str, tuple[object, BaseLoadBalancerStrategy]] = {}
@@ -154,7 +160,7 @@ class Dispatcher(Service):
     async def _start(self) -> None:
         self._draining = False
         self._stopped.clear()
-        await self.queue.maintain(self.consumer, 0)  # reaches Redis now, so that a wrong address is an error here
+        await self._reach()
         await self._leases.enter_async_context(self.queue.keep_leases(self.consumer, self._lease_lost))
         self.pool.attach(self)
         self._reader = self.spawn("read", self._read_loop)
@@ -163,6 +169,20 @@ class Dispatcher(Service):
         self.spawn("sweep", self._sweep_loop)
         facts = {"queue": self.queue.name, "consumer": self.consumer}
         telemetry.emit("dispatcher.started", {"concurrency": self._concurrency}, facts)
+
+    async def _reach(self) -> None:
+        """Reach Redis before anything is started, so that a wrong address is an error here; a blip is not."""
+        backoff, deadline = Reconnect(), time.monotonic() + REACH_PATIENCE
+        while True:
+            try:
+                await self.queue.maintain(self.consumer, 0)
+            except StoreUnavailableError:
+                wait = backoff.next()
+                if time.monotonic() + wait > deadline:
+                    raise
+                await asyncio.sleep(wait)
+            else:
+                return
 
     async def _stop(self) -> None:
         """Drain: read no more, release what has not started, let running agents finish, settle everything."""

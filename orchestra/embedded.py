@@ -154,7 +154,7 @@ class EmbeddedServer:
         """The address of the running server."""
         return f"unix://{quote(self.socket)}"
 
-    async def start(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - bounds work in a thread
+    async def start(self, *, timeout: float = 30.0) -> None:
         """:meth:`start_sync` in a thread. When cancelled, leaves the server again before it raises."""
         try:
             await _in_thread(lambda: self.start_sync(timeout=timeout))

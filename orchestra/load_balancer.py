@@ -25,7 +25,6 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeAlias
 
 from orchestra._ext.wrr import MAX_WEIGHT, SmoothRing
-
 from orchestra.errors import ConfigurationError
 from orchestra.tasks import check_name, require_int, require_number
 
@@ -57,13 +56,13 @@ class BaseLoadBalancerStrategy(abc.ABC):
         ``task_info``: the task dict, for strategies that look at it.
         """
 
-    def update_worker_status(self, worker_id: Any, status: dict[str, Any]) -> None:  # noqa: B027 - optional
+    def update_worker_status(self, worker_id: Any, status: dict[str, Any]) -> None:
         """Take note of what is known about a worker; a strategy ignores the keys that it has no use for."""
 
-    def task_done(self, worker_id: Any) -> None:  # noqa: B027 - optional
+    def task_done(self, worker_id: Any) -> None:
         """Take note that a task given to a worker has ended, for strategies that count."""
 
-    def remove_worker(self, worker_id: Any) -> None:  # noqa: B027 - optional
+    def remove_worker(self, worker_id: Any) -> None:
         """Forget a worker that will not be offered again."""
 
 
@@ -149,7 +148,7 @@ class _Rotation(_HealthAware):
         self._ring = SmoothRing(default_weight=1)
         self._kept: set[Hashable] = set()  # ids with a weight of their own; under the lock
 
-    def _choose(self, ids: list[Any], task_info: dict[str, Any] | None) -> int:  # noqa: ARG002
+    def _choose(self, ids: list[Any], task_info: dict[str, Any] | None) -> int:
         if len(self._ring) > 2 * len(ids) + _STALE:
             self._forget_others(ids)
         return self._ring.select_index(ids)
@@ -224,7 +223,7 @@ class RandomStrategy(_HealthAware):
         super().__init__()
         self._random = random.Random(seed).random  # noqa: S311 - nobody gains by foreseeing a choice
 
-    def _choose(self, ids: list[Any], task_info: dict[str, Any] | None) -> int:  # noqa: ARG002
+    def _choose(self, ids: list[Any], task_info: dict[str, Any] | None) -> int:
         return int(self._random() * len(ids))
 
 
@@ -309,7 +308,7 @@ class LeastLoadedStrategy(_Counting):
         super().__init__()
         self._random = random.Random(seed).random  # noqa: S311 - nobody gains by foreseeing a choice
 
-    def _pick(self, ids: list[Any], task_info: dict[str, Any] | None) -> int:  # noqa: ARG002
+    def _pick(self, ids: list[Any], task_info: dict[str, Any] | None) -> int:
         count = len(ids)
         one = int(self._random() * count)
         if count == 1:

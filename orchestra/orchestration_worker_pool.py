@@ -141,7 +141,9 @@ class Source(Protocol[Item]):
 class _Job(Generic[T]):
     __slots__ = ("args", "func", "future", "kwargs", "queued_at")
 
-    def __init__(self, func: Callable[..., Coroutine[Any, Any, T]], args: Any, kwargs: Any, future: asyncio.Future[T]):
+    def __init__(
+        self, func: Callable[..., Coroutine[Any, Any, T]], args: Any, kwargs: Any, future: asyncio.Future[T]
+    ) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
         self.future = future
         self.queued_at = time.monotonic()
@@ -181,7 +183,7 @@ class QueueWorkerPool:
         func: Callable[..., Coroutine[Any, Any, T]],
         *args: Any,
         priority: int = TaskPriority.NORMAL,
-        timeout: float | None = 0.0,  # noqa: ASYNC109 - how long to wait for room
+        timeout: float | None = 0.0,
         **kwargs: Any,
     ) -> asyncio.Future[T]:
         """Queue ``func(*args, **kwargs)`` and return the future of its result.
@@ -196,7 +198,11 @@ class QueueWorkerPool:
         return self.submit_nowait(func, *args, priority=priority, **kwargs)
 
     def submit_nowait(
-        self, func: Callable[..., Coroutine[Any, Any, T]], *args: Any, priority: int = TaskPriority.NORMAL, **kwargs: Any
+        self,
+        func: Callable[..., Coroutine[Any, Any, T]],
+        *args: Any,
+        priority: int = TaskPriority.NORMAL,
+        **kwargs: Any,
     ) -> asyncio.Future[T]:
         """:meth:`submit` without waiting for room."""
         if self._closed:
@@ -205,7 +211,9 @@ class QueueWorkerPool:
         limit = self.config.max_queue_size
         if limit and len(self._jobs) >= limit:
             self.metrics.rejected += 1
-            raise WorkerPoolError(f"worker pool {self.name!r} has {limit} jobs queued, its max_queue_size; submit later")
+            raise WorkerPoolError(
+                f"worker pool {self.name!r} has {limit} jobs queued, its max_queue_size; submit later"
+            )
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._jobs, (priority, next(self._order), _Job(func, args, kwargs, future)))
         self.metrics.submitted += 1
@@ -213,7 +221,7 @@ class QueueWorkerPool:
         self.wake()
         return future
 
-    async def _wait_for_room(self, timeout: float | None) -> None:  # noqa: ASYNC109
+    async def _wait_for_room(self, timeout: float | None) -> None:
         if timeout == 0.0:
             return
         try:
@@ -256,7 +264,7 @@ class QueueWorkerPool:
             future.cancel()
             if slot.why is None and task.cancelling():
                 raise  # the worker itself is being cancelled
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it belongs to whoever awaits the future
             self.metrics.failed += 1
             if not future.done():
                 future.set_exception(error)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from orchestra._ext.heap import TaskHeap
-
 from orchestra._shared import Connectable, shared
 from orchestra.errors import InvalidTaskError, InvalidTaskTypeError
 from orchestra.tasks import LANES, TaskDict, TaskPriority, require_int, require_number
@@ -106,7 +105,7 @@ class PriorityScheduler(Connectable):
 
     # -- taking
 
-    async def get_next_task(self, timeout: float | None = None) -> Any | None:  # noqa: ASYNC109 - the documented name
+    async def get_next_task(self, timeout: float | None = None) -> Any | None:
         """Take the most urgent task.
 
         Waits ``timeout`` seconds for one, or without end if None; 0 does not wait. None when nothing came in time.

@@ -17,19 +17,19 @@ from collections.abc import Awaitable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from orchestra import _identity, telemetry
+from orchestra import telemetry
 from orchestra._dead_letters import DeadLetters
-from orchestra._delivery import WANTS_RESULT, Again, Bury, Complete, Delivery, Verdict, frame_of
+from orchestra._delivery import WANTS_RESULT, Again, Bury, Complete, Delivery, Verdict, corrupt_verdict, frame_of
 from orchestra._keys import QueueKeys
 from orchestra._leases import LeaseKeeper
-from orchestra._link import Call, Link
+from orchestra._link import Link
 from orchestra._locks import RedisLock
 from orchestra._queue_base import BaseTaskQueue, DistributedLock, LeaseLost, Maintenance, QueueStats
 from orchestra._replies import ReplyListener
-from orchestra._scripts import Arg, script
 from orchestra._stream_produce import TOKEN_WINDOW_MS, StreamProducer
 from orchestra._stream_read import GroupMissingError, StreamReader
 from orchestra._stream_settle import SettlePlanner, Settling
+from orchestra._stream_upkeep import StreamUpkeep, Upkeep, crashed_verdict
 from orchestra._wire import Command, ReplyError, pack, reply_code, reply_error
 from orchestra.connections import ConnectionManager, get_connection_manager
 from orchestra.errors import ConfigurationError, CorruptEntryError, StoreError
@@ -42,14 +42,6 @@ logger = logging.getLogger("orchestra.queue")
 
 YIELD_EVERY = 500
 """Tasks that are encoded between two chances for the event loop to do something else."""
-PROMOTE_BATCH = 200
-"""Due tasks that one promotion moves at most."""
-SCAN_ROWS = 100
-"""Pending rows that one reclaim looks at per lane."""
-ADOPT_EVERY = 5.0
-"""Seconds between two looks for dead processes of this machine."""
-TICK = 1.0
-"""Most seconds between two looks at the delayed set."""
 
 
 class RedisStreamTaskQueue(BaseTaskQueue):
@@ -108,6 +100,17 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         )
         self._dead_letters = DeadLetters(self.keys, self._commands, patience)
         self._planner = SettlePlanner(self.keys, self.group, result_ttl, max_task_bytes)
+        self._upkeep = StreamUpkeep(
+            Upkeep(
+                queue=stream_name,
+                keys=self.keys,
+                group=self.group,
+                lease_ms=claim_interval_ms,
+                max_deliveries=max_deliveries,
+                link=self._commands,
+                prepare=self._prepare,
+            )
+        )
         self._link: Link | None = None
         self._readers: dict[str, StreamReader] = {}
         self._replies: ReplyListener | None = None
@@ -115,8 +118,6 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         self.held: tuple[dict[bytes, Delivery], ...] = tuple({} for _ in range(LANES))
         """Per lane, every delivery read by this object and not settled: entry id → delivery."""
         self._background: set[asyncio.Task[Any]] = set()
-        self._quiet_until = 0.0
-        self._reclaim_at = self._adopt_at = 0.0
 
     # -- connections
 
@@ -130,13 +131,13 @@ class RedisStreamTaskQueue(BaseTaskQueue):
     async def _commands(self) -> Link:
         if self._link is None:
             await self.manager.connect()
-            self._link = self._link or Link(self.manager, "commands", self.name, self._stay_quiet)
+            self._link = self._link or Link(self.manager, "commands", self.name, self._upkeep.stay_quiet)
         return self._link
 
     async def _open_reader(self, consumer: str) -> StreamReader:
         check_name("consumer_name", consumer)
         await self.manager.connect()
-        link = Link(self.manager, "reader", self.name, self._stay_quiet)
+        link = Link(self.manager, "reader", self.name, self._upkeep.stay_quiet)
         return self._readers.setdefault(consumer, StreamReader(self.keys, self.group, consumer, link))
 
     async def _prepare(self) -> None:
@@ -161,16 +162,12 @@ class RedisStreamTaskQueue(BaseTaskQueue):
             names = [] if isinstance(groups, ReplyError) else [bytes(group[1]).decode() for group in groups]
             if others := [name for name in names if name != self.group]:
                 raise ConfigurationError(
-                    f"queue {self.name!r} is consumed by the group {others[0]!r}, not {self.group!r}: settled tasks are "
-                    "deleted, so a queue has one group; use its name, or another queue",
+                    f"queue {self.name!r} is consumed by the group {others[0]!r}, not {self.group!r}: settled tasks "
+                    "are deleted, so a queue has one group; use its name, or another queue",
                     field="consumer_group",
                     value=self.group,
                 )
-        self._stay_quiet()
-
-    def _stay_quiet(self) -> None:
-        """Idle times include an outage, so nothing is reclaimed until live owners have had a lease to renew in."""
-        self._quiet_until = time.monotonic() + self.lease
+        self._upkeep.stay_quiet()
 
     async def close(self) -> None:
         """Give back connections. The queue may be used again afterwards."""
@@ -231,8 +228,8 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         """Up to ``count`` deliveries for ``consumer``, most urgent first; waits up to ``block_ms`` for the first.
 
         ``exact`` keeps the order of priorities to the letter, at the price of a slower read. One read per consumer at a
-        time. Not to be cancelled (that costs the connection, and what was on its way waits
-        for its lease): :meth:`wake` ends it.
+        time. Not to be cancelled (that costs the connection, and what was on its way waits for its lease): :meth:`wake`
+        ends it.
 
         Raises:
             StoreUnavailableError: at once; the caller decides when to try again.
@@ -405,59 +402,19 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         Cost: one round trip, and one for each lane when reclaiming.
         """
         check_name("consumer_name", consumer)
-        link = await self._commands()
-        keys = (*self.keys.lanes, self.keys.delayed, self.keys.bodies, self.keys.counters, self.keys.consumers)
-        moved, wait_ms = await link.script(script("promote"), keys, (PROMOTE_BATCH, consumer))
-        if moved:
-            telemetry.emit("queue.promoted", {"count": moved}, {"queue": self.name})
-        now = time.monotonic()
-        deliveries: list[Delivery] = []
-        if room > 0 and now >= self._adopt_at:
-            self._adopt_at = now + min(ADOPT_EVERY, self.lease / 4)
-            deliveries = await self._adopt(consumer, room)
-        if len(deliveries) < room and now >= max(self._reclaim_at, self._quiet_until):
-            self._reclaim_at = now + self.lease / 4
-            deliveries += await self.reclaim(consumer, room - len(deliveries), self.lease_ms)
-        next_in = TICK if wait_ms < 0 else min(TICK, wait_ms / 1000)
-        return Maintenance(deliveries, next_in)
+        work = await self._upkeep.run(consumer, room)
+        return Maintenance(await self._take_over(work.deliveries), work.next_in)
 
-    async def _adopt(self, consumer: str, room: int) -> list[Delivery]:
-        """Take over what processes of this machine held that are certainly dead: no need to wait for their leases."""
-        names = await self._ask([("ZRANGE", self.keys.consumers, 0, -1)])
-        found: list[Delivery] = []
-        for name in (raw.decode() for raw in names[0]):
-            if name != consumer and _identity.is_dead(name):
-                found += await self.reclaim(consumer, room - len(found), 0, name)
-                if len(found) >= room:
-                    break
-                await self._retire(name)
-        return found
+    async def reclaim(self, consumer: str, room: int, idle_ms: int) -> list[Delivery]:
+        """Take over up to ``room`` deliveries that have been idle for ``idle_ms``; one round trip a lane."""
+        return await self._take_over(await self._upkeep.reclaim(consumer, room, idle_ms))
 
-    async def reclaim(self, consumer: str, room: int, idle_ms: int, dead: str = "") -> list[Delivery]:
-        """Take over up to ``room`` deliveries that have been idle for ``idle_ms``, or that ``dead`` held."""
-        await self._prepare()
-        link = await self._commands()
-        taken: list[Delivery] = []
-        for lane, key in enumerate(self.keys.lanes):
-            args: list[Arg] = [self.group, consumer, lane, idle_ms, SCAN_ROWS, room - len(taken), dead]
-            rows, _lost = await link.script(script("reclaim"), (key, self.keys.counters), args)
-            taken += [Delivery(lane, entry, fields, consumer, int(count)) for entry, count, fields in rows]
-            if len(taken) >= room:
-                break
+    async def _take_over(self, taken: list[Delivery]) -> list[Delivery]:
         for delivery in taken:
             self.held[delivery.lane][delivery.entry] = delivery
-        poison = [delivery for delivery in taken if delivery.deliveries > self.max_deliveries]
-        if poison:
-            await self.settle([(delivery, self._crashed(delivery)) for delivery in poison])
-        if taken:
-            facts = {"count": len(taken) - len(poison), "crashed": len(poison)}
-            telemetry.emit("queue.reclaimed", facts, {"queue": self.name})
-        return [delivery for delivery in taken if delivery.deliveries <= self.max_deliveries]
-
-    def _crashed(self, delivery: Delivery) -> Bury:
-        times = delivery.deliveries - 1
-        info = {"error": f"handed out {times} times and never settled: its worker died or stalled each time"}
-        return Bury("crashed", delivery.retries + times, {**info, "error_type": "Crashed", "deliveries": times})
+        poison = [delivery for delivery in taken if self._upkeep.is_poison(delivery)]
+        await self.settle([(delivery, crashed_verdict(delivery)) for delivery in poison])
+        return [delivery for delivery in taken if not self._upkeep.is_poison(delivery)] if poison else taken
 
     def keep_leases(self, consumer: str, on_lost: LeaseLost) -> AbstractAsyncContextManager[None]:
         """Renew what ``consumer`` holds from a thread, while the context is open."""
@@ -465,14 +422,10 @@ class RedisStreamTaskQueue(BaseTaskQueue):
 
     async def retire(self, consumer: str) -> None:
         """Forget ``consumer``, unless it still holds deliveries; one round trip."""
-        await self._retire(consumer)
+        await self._upkeep.retire(consumer)
         reader = self._readers.pop(consumer, None)
         if reader is not None:
             await reader.link.close()
-
-    async def _retire(self, consumer: str) -> None:
-        link = await self._commands()
-        await link.script(script("retire"), (*self.keys.lanes, self.keys.consumers), (self.group, consumer))
 
     # -- looking
 
@@ -542,7 +495,7 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         await self._replies.start()
         return self._replies.client
 
-    async def wait_result(self, task_id: str, timeout: float | None = None) -> dict[str, Any]:  # noqa: ASYNC109
+    async def wait_result(self, task_id: str, timeout: float | None = None) -> dict[str, Any]:
         """The terminal record of a task sent with ``want_results``: ``id``, ``outcome``, and ``value`` or ``error``.
 
         Raises:
@@ -558,9 +511,3 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         """A lock shared by all processes that name it: ``async with await queue.get_lock("x") as lock: lock.fence``."""
         return RedisLock(await self._commands(), lock_name, expire_time, wait)
 
-
-def corrupt_verdict(queue: str, delivery: Delivery, error: Exception) -> Bury:
-    """The end of an entry that is not a task; its bytes are kept."""
-    facts = {"queue": queue, "message_id": delivery.message_id, "error": str(error)}
-    telemetry.emit("queue.corrupt", {}, facts)
-    return Bury("corrupt", 0, {"error": str(error), "error_type": type(error).__name__})

@@ -159,7 +159,7 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     text = str(value)
-    clean = "".join(ch if ch.isprintable() else "\\x%02x" % ord(ch) for ch in text[:300])  # no terminal escapes in logs
+    clean = "".join(ch if ch.isprintable() else f"\\x{ord(ch):02x}" for ch in text[:300])  # no terminal escapes in logs
     return clean if " " not in clean else repr(clean)
 
 
@@ -167,6 +167,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line: ``time level logger message`` and the facts of an event."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The line for ``record``."""
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),

@@ -72,7 +72,7 @@ class RedisBackend:
                 who, entry = row["consumer"], row["message_id"]
                 await client.xclaim(lane, queue.group, who, 0, [entry], idle=idle, justid=True)
         for made in self.queues:
-            made._quiet_until = made._reclaim_at = 0.0
+            made._upkeep._quiet_until = made._upkeep._reclaim_at = 0.0
 
     async def hasten(self, queue, seconds):
         """Let every delayed task be due so much earlier."""

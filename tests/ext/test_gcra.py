@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from orchestra._ext.gcra import LIMIT, NEVER, GcraTable, check
 
+from orchestra._ext.gcra import LIMIT, NEVER, GcraTable, check
 from tests.reference import gcra as reference
 
 TIME = st.one_of(st.integers(0, 10**6), st.integers(-LIMIT, LIMIT))

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from orchestra._ext.heap import TaskHeap
 
+from orchestra._ext.heap import TaskHeap
 from tests.reference import heap as reference
 
 INT64 = st.integers(-(2**63), 2**63 - 1)

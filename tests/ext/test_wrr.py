@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from orchestra._ext.wrr import MAX_IDS, SmoothRing
 
+from orchestra._ext.wrr import MAX_IDS, SmoothRing
 from tests.reference import wrr as reference
 
 IDS = st.sampled_from("abcdefgh")
