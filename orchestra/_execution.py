@@ -87,7 +87,13 @@ class Execution:
             return self._raised(
                 delivery, task, agent.options, RuntimeError(f"the agent called sys.exit({error.code!r})")
             )
-        except Exception as error:  # noqa: BLE001 - whatever an agent raises is an outcome
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever an agent raises is an outcome
+            if slot.why is not None and not isinstance(error, _WORDS):  # the clean-up of an interrupted agent failed
+                return self._interrupted(delivery, task, agent.options, slot)
+            if not isinstance(error, Exception):
+                error = RuntimeError(f"the agent raised {error!r}, which is no Exception")
             return self._raised(delivery, task, agent.options, error)
 
     async def _refused(self, task: BaseTask, options: AgentOptions) -> Verdict | None:
@@ -115,7 +121,10 @@ class Execution:
             return None
         info = {"id": task.id, "type": task.type, "priority": task.priority, "input": task.input}
         chosen = self._balancer_for(agent).select_worker(free, info)
-        return chosen if isinstance(chosen, Replica) else None  # None: the strategy finds all of them unhealthy
+        if isinstance(chosen, Replica):
+            return chosen
+        # a strategy may answer with the id; None says that it finds all of them unhealthy
+        return next((replica for replica in free if replica.worker_id == chosen), None)
 
     async def _attempt(
         self, delivery: Delivery, task: BaseTask, agent: AgentType, replica: Replica, slot: Slot
@@ -169,6 +178,7 @@ class Execution:
         return Ended(outcome, Again(max(0.001, wait), "retried"))
 
 
+_WORDS = (Throttled, Reject, RetryLater)
 _COMPLETED = Ended(Outcome.COMPLETED, DONE)
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+from orchestra._shared import Connectable
 from orchestra.errors import ConfigurationError, UnknownAgentError
 from orchestra.tasks import BaseTask, Retry, check_ident, require_int, require_number
 
@@ -133,7 +134,7 @@ class AgentType:
         self.replicas: tuple[Replica, ...] = ()
 
 
-class AgentRegistry:
+class AgentRegistry(Connectable):
     """Which agents there are. Owns the threads and processes that plain functions run in."""
 
     def __init__(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import weakref
 from collections import Counter
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from orchestra._delivery import Again, Bury, Delivery, Verdict
 from orchestra._execution import Ended, Execution
 from orchestra._lifecycle import Service
 from orchestra.agents import AgentRegistry, AgentType, get_agent_registry
-from orchestra.errors import StoreError, StoreUnavailableError
+from orchestra.errors import ConfigurationError, CorruptEntryError, StoreError, StoreUnavailableError
 from orchestra.load_balancer import BaseLoadBalancerStrategy, WeightedRoundRobinStrategy, create_load_balancer
 from orchestra.orchestration_worker_pool import OrchestrationWorkerPoolConfig, QueueWorkerPool, Slot
 from orchestra.scheduler import PriorityScheduler
@@ -160,8 +161,13 @@ class Dispatcher(Service):
     async def _start(self) -> None:
         self._draining = False
         self._stopped.clear()
-        await self._reach()
-        await self._leases.enter_async_context(self.queue.keep_leases(self.consumer, self._lease_lost))
+        self._claim_scheduler()
+        try:
+            await self._reach()
+            await self._leases.enter_async_context(self.queue.keep_leases(self.consumer, self._lease_lost))
+        except BaseException:
+            _claimed.discard(self.scheduler)
+            raise
         self.pool.attach(self)
         self._reader = self.spawn("read", self._read_loop)
         self.spawn("settle", self._settle_loop)
@@ -184,6 +190,16 @@ class Dispatcher(Service):
             else:
                 return
 
+    def _claim_scheduler(self) -> None:
+        if self.scheduler in _claimed:
+            raise ConfigurationError(
+                f"dispatcher {self.id!r} needs a scheduler of its own: the one given holds what another running "
+                "dispatcher has read, and each can settle only its own",
+                field="scheduler",
+                value=self.scheduler,
+            )
+        _claimed.add(self.scheduler)
+
     async def _stop(self) -> None:
         """Drain: read no more, release what has not started, let running agents finish, settle everything."""
         began, before = time.monotonic(), self.outcomes[Outcome.RELEASED]
@@ -193,6 +209,7 @@ class Dispatcher(Service):
             await self.queue.wake(self.consumer)
             await asyncio.wait((self._reader,), timeout=0.1)
         self._release_waiting()
+        _claimed.discard(self.scheduler)
         await self._wait_idle(self._drain_timeout)
         for slot in self._my_slots():
             slot.interrupt(Outcome.RELEASED)
@@ -291,8 +308,14 @@ class Dispatcher(Service):
         """The delivery to run next; None when there is none, or enough run already."""
         if self.running_tasks >= self._concurrency or self._draining:
             return None
-        delivery: Delivery | None = self.scheduler.pop_nowait()
-        return delivery
+        return self._pop()
+
+    def _pop(self) -> Delivery | None:
+        while (item := self.scheduler.pop_nowait()) is not None:
+            if type(item) is Delivery:
+                return item
+            logger.error("%s drops %.200r: no queue delivered it; add tasks with produce()", self.id, item)
+        return None
 
     async def run_item(self, item: Delivery, slot: Slot) -> None:
         """Process one delivery to its end and queue its verdict."""
@@ -359,20 +382,28 @@ class Dispatcher(Service):
                 batch, self._verdicts = self._verdicts, []
                 self._unsettled = len(batch)
                 try:
-                    self._report_stale(await self.queue.settle(batch))
+                    stale = await self.queue.settle(batch)
                 except StoreError as error:
                     logger.warning("%s cannot settle %d tasks: %s; trying again", self.id, len(batch), error)
                     self._verdicts = batch + self._verdicts
                     await asyncio.sleep(backoff.next())
+                except BaseException:
+                    self._verdicts = batch + self._verdicts  # for the loop that is started in place of this one
+                    self._settle_wanted.set()
+                    raise
                 else:
                     backoff.reset()
+                    self._report_stale(stale)
                 finally:
                     self._unsettled = 0
 
     def _report_stale(self, stale: list[Delivery]) -> None:
         for delivery in stale:
-            facts = {"queue": self.queue.name, "task_id": delivery.header.id, "outcome": "stale"}
-            telemetry.emit("task.stale", {}, facts)
+            try:
+                task_id = delivery.header.id
+            except CorruptEntryError:
+                task_id = "?"
+            telemetry.emit("task.stale", {}, {"queue": self.queue.name, "task_id": task_id, "outcome": "stale"})
 
     def _lease_lost(self, delivery: Delivery) -> None:
         """Somebody else has it now: stop working on it; its settle would be stale."""
@@ -425,10 +456,10 @@ class Dispatcher(Service):
         slot.deadline = time.monotonic()  # say it again after as long
 
     def _my_slots(self) -> list[Slot]:
-        return [slot for slot in self.pool.slots if type(slot.item) is Delivery]
+        return [slot for slot in self.pool.slots if slot.source is self]
 
     def _release_waiting(self) -> None:
-        while (delivery := self.scheduler.pop_nowait()) is not None:
+        while (delivery := self._pop()) is not None:
             self._end(delivery, _RELEASED)
 
     async def _wait_idle(self, seconds: float) -> None:
@@ -437,6 +468,8 @@ class Dispatcher(Service):
             await _wait(self._idle, seconds)
 
 
+_claimed: weakref.WeakSet[PriorityScheduler] = weakref.WeakSet()
+"""The schedulers of running dispatchers."""
 _RELEASED = Ended(Outcome.RELEASED, Again(0.0, "released"))
 
 

@@ -61,7 +61,7 @@ class OrchestrationWorkerPoolConfig:
 
 
 class Histogram:
-    """Durations in 96 logarithmic buckets from 1 µs to about 18 hours; percentiles are exact to 30 %."""
+    """Durations in 96 logarithmic buckets from 1 µs to about 36 hours; percentiles are exact to 30 %."""
 
     BASE, PER_DOUBLING = 1e-6, 2.6  # 96 / 2.6 doublings of 1 µs
 
@@ -106,14 +106,15 @@ class OrchestrationWorkerPoolMetrics:
 
 
 class Slot:
-    """One worker coroutine. ``deadline`` (monotonic seconds) and ``why`` belong to the source whose item it runs."""
+    """One worker coroutine. ``deadline`` (monotonic seconds) and ``why`` belong to ``source``, whose ``item`` it runs."""
 
-    __slots__ = ("deadline", "item", "task", "waiter", "why")
+    __slots__ = ("deadline", "item", "source", "task", "waiter", "why")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None
         self.waiter: asyncio.Future[None] | None = None
         self.item: Any = None
+        self.source: Source[Any] | None = None
         self.deadline: float | None = None
         self.why: Outcome | None = None
 
@@ -334,23 +335,26 @@ class QueueWorkerPool:
                 continue
             found = self._take()
             if found is None:
+                if self._closed:
+                    break
                 await self._rest(slot)
                 woken = True
                 continue
             if woken:
                 self.wake()  # the baton; whoever gets it passes it on
                 woken = False
-            source, slot.item = found
+            slot.source, slot.item = source, item = found
             metrics.running_tasks += 1
             try:
-                await source.run_item(slot.item, slot)
+                await source.run_item(item, slot)
             finally:
                 metrics.running_tasks -= 1
                 if slot.why is not None:
                     task.uncancel()  # an interruption is one cancellation; whatever the item made of it, it is over
-                slot.item = slot.why = slot.deadline = None
+                slot.item = slot.source = slot.why = slot.deadline = None
+        surplus = len(self.slots) > self.concurrency
         self.slots.discard(slot)  # now, not when the task is done: the next worker to look counts those that stay
-        if not task.cancelling():
+        if surplus and not task.cancelling():
             self.wake()  # a surplus worker was woken instead of one that stays
 
     async def _breathe(self) -> bool:
@@ -428,7 +432,7 @@ class QueueWorkerPool:
         if tasks:
             _, stuck = await asyncio.wait(tasks, timeout=1.0)
             for slot in self.slots:
-                if isinstance(slot.item, _Job):
+                if slot.task in stuck and isinstance(slot.item, _Job):
                     slot.item.future.cancel()
             if stuck:
                 logger.error("pool %s: %d jobs ignore their cancellation and are left behind", self.name, len(stuck))

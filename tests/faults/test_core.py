@@ -216,7 +216,9 @@ async def test_everything_survives_forgotten_scripts_and_killed_connections(mana
     ids = []
     async with Dispatcher(queue, agents=agents):
         for start in range(0, 2000, 100):
-            ids += await queue.produce_many([{"id": f"t{n}", "type": "work", "input": n} for n in range(start, start + 100)])
+            ids += await queue.produce_many(
+                [{"id": f"t{n}", "type": "work", "input": n} for n in range(start, start + 100)]
+            )
             await asyncio.sleep(0.01)
         stop.set()
         await havocking
@@ -392,7 +394,9 @@ async def test_a_fork_does_not_use_its_parents_connections(redis_url):
     link = await queue._commands()
     pid = os.fork()
     if pid == 0:
-        os._exit(0 if (await link.wire()).closed else 1) if link._wire is None else os._exit(0 if link._wire.closed else 1)
+        os._exit(0 if (await link.wire()).closed else 1) if link._wire is None else os._exit(
+            0 if link._wire.closed else 1
+        )
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert (await link.send(pack((("PING",),)), 1)) == [b"PONG"]
     await queue.close()

@@ -470,7 +470,9 @@ async def test_cancelling_run_stops(queue, agents):
 async def test_an_unreachable_server_is_an_error_at_start(agents, tmp_path):
     from orchestra.connections import ConnectionManager
 
-    queue = RedisStreamTaskQueue("tasks", "workers", manager=ConnectionManager(f"unix://{tmp_path}/none.sock"), patience=0)
+    queue = RedisStreamTaskQueue(
+        "tasks", "workers", manager=ConnectionManager(f"unix://{tmp_path}/none.sock"), patience=0
+    )
     with pytest.raises(StoreUnavailableError, match="none.sock"):
         await Dispatcher(queue, agents=agents).start()
 
