@@ -1,0 +1,212 @@
+"""What is sent through an App, and the caller's handle on it.
+
+Owns the options of a call, the task it becomes, and what its terminal record means to the caller. Refuses to own
+agents and connections, which are the App's. A :class:`Run` belongs to the event loop that awaits it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+from orchestra._delivery import WANTS_RESULT
+from orchestra.errors import ConfigurationError, ResultUnavailableError, TaskCancelledError, TaskFailedError
+from orchestra.memory_queue import InMemoryTaskQueue
+from orchestra.serialization import EncodedTask, encode_task, new_task_id
+from orchestra.task_queue import BaseTaskQueue, RedisStreamTaskQueue
+from orchestra.tasks import TaskDict, TaskPriority, TaskState
+
+if TYPE_CHECKING:
+    from orchestra.app import App
+
+R = TypeVar("R")
+
+YIELD_EVERY = 500
+"""Tasks that are prepared between two chances for the event loop to do something else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendOptions:
+    """How a call travels; see :meth:`AgentHandle.using`."""
+
+    priority: int = TaskPriority.NORMAL
+    delay: float | None = None
+    key: str | None = None
+    id: str | None = None
+    timeout: float | None = None
+    max_retries: int | None = None
+    deadline: float | None = None
+    metadata: Mapping[str, Any] | None = None
+    want_result: bool = True
+
+    def __post_init__(self) -> None:
+        if self.key is not None and self.id is not None:
+            raise ConfigurationError(
+                "give key= or id=, not both: each of them decides the task's id", field="key", value=self.key
+            )
+        if self.key is not None and not isinstance(self.key, str):
+            raise ConfigurationError(f"key must be a text, got {self.key!r}", field="key", value=self.key)
+
+    def task(self, task_type: str, given: Any) -> TaskDict:
+        """The task of a call with the input ``given``; its values are checked when it is sent."""
+        task: TaskDict = {"type": task_type, "input": given, "priority": self.priority}
+        if self.key is not None:
+            task["id"] = key_id(task_type, self.key)
+        elif self.id is not None:
+            task["id"] = self.id
+        for name in ("delay", "timeout", "max_retries", "deadline"):
+            value = getattr(self, name)
+            if value is not None:
+                task[name] = value
+        if self.metadata is not None:
+            task["metadata"] = dict(self.metadata)
+        return task
+
+
+def send_options(base: SendOptions, changes: Mapping[str, Any]) -> SendOptions:
+    """``base`` with ``changes``. Raises ConfigurationError for an option that does not exist."""
+    known = SendOptions.__dataclass_fields__
+    if unknown := sorted(set(changes) - set(known)):
+        raise ConfigurationError(
+            f"sending has no option {unknown[0]!r}; options are {', '.join(known)}", field=unknown[0]
+        )
+    return replace(base, **changes)
+
+
+def key_id(task_type: str, key: str) -> str:
+    """The task id of ``key`` for agent ``task_type``: readable where that is possible, else a digest of both."""
+    plain = f"{task_type}:{key}"
+    if len(plain) <= 128 and plain.isascii() and plain.isprintable() and " " not in plain:
+        return plain
+    digest = hashlib.sha256(f"{len(task_type)}:{plain}".encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{task_type[:80]}#{digest[:40]}"
+
+
+class Run(Generic[R]):
+    """A task that was sent: its ``id``, and the ``message_id`` the queue gave it. ``await run`` is its result."""
+
+    __slots__ = ("_record", "_wanted", "app", "id", "message_id", "task_type")
+
+    def __init__(self, app: App, task_id: str, task_type: str, message_id: str, *, wanted: bool) -> None:
+        self.app = app
+        self.id = task_id
+        self.task_type = task_type
+        self.message_id = message_id
+        self._wanted = wanted
+        self._record: dict[str, Any] | None = None
+
+    async def result(self, timeout: float | None = None) -> R:
+        """What the agent returned; waits up to ``timeout`` seconds for it, None for as long as it takes.
+
+        A result is kept for the ``result_ttl`` of the App that sent the task (an hour by default); afterwards, as for
+        a ``key`` that somebody sent before with ``want_result=False``, only the timeout ends the waiting.
+
+        Raises:
+            TaskFailedError: the task is dead; ``.error_type``, ``.reason`` and ``.attempts`` say why.
+            TaskCancelledError: it was cancelled.
+            TimeoutError: it has not ended yet. It goes on, and may be asked again.
+            ResultUnavailableError: it was sent with ``want_result=False``.
+        Cost: one round trip, and one every two seconds while waiting.
+        """
+        self._require_wanted()
+        if self._record is None:
+            self._record = await self.app.queue.wait_result(self.id, timeout)
+        return cast("R", _value_of(self.id, self.task_type, self._record))
+
+    def __await__(self) -> Generator[Any, Any, R]:
+        return self.result().__await__()
+
+    async def status(self) -> TaskState:
+        """COMPLETED, FAILED or CANCELLED once it has ended, PENDING before (waiting, running or delayed).
+
+        Raises:
+            ResultUnavailableError: it was sent with ``want_result=False``.
+        Cost: one round trip, none once it has ended.
+        """
+        self._require_wanted()
+        if self._record is None:
+            self._record = await _peek(self.app.queue, self.id)
+        if self._record is None:
+            return TaskState.PENDING
+        return _STATES.get(str(self._record.get("outcome")), TaskState.FAILED)
+
+    def _require_wanted(self) -> None:
+        if not self._wanted:
+            raise ResultUnavailableError(f"the result of {self.id} is not kept: it was sent with want_result=False")
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id} of {self.task_type}>"
+
+
+_STATES = {"completed": TaskState.COMPLETED, "dead": TaskState.FAILED, "cancelled": TaskState.CANCELLED}
+
+
+def _value_of(task_id: str, task_type: str, record: Mapping[str, Any]) -> Any:
+    outcome = record.get("outcome")
+    if outcome == "completed":
+        return record.get("value")
+    if outcome == "cancelled":
+        raise TaskCancelledError(f"task {task_id} ({task_type}) was cancelled")
+    error, attempts, reason = record.get("error") or {}, record.get("attempts", 0), str(record.get("reason", outcome))
+    kind = str(error.get("error_type", ""))
+    text = str(error.get("error", "")) or reason
+    raise TaskFailedError(
+        f"task {task_id} ({task_type}) is dead after {attempts} attempt{'' if attempts == 1 else 's'}, "
+        f"{reason}: {f'{kind}: ' if kind and kind != reason else ''}{text}",
+        task_id=task_id,
+        error_type=kind,
+        reason=reason,
+        attempts=attempts,
+    )
+
+
+async def _peek(queue: BaseTaskQueue, task_id: str) -> dict[str, Any] | None:
+    """The terminal record of ``task_id`` if there is one now."""
+    if isinstance(queue, RedisStreamTaskQueue):
+        await queue.manager.connect()
+        if not await queue.manager.client.exists(queue.keys.result(task_id)):
+            return None
+        return await queue.wait_result(task_id, 5.0)
+    try:
+        return await queue.wait_result(task_id, 0.0)
+    except TimeoutError:
+        return None
+
+
+async def post(app: App, tasks: Sequence[TaskDict], *, want: bool) -> list[Run[Any]]:
+    """Send ``tasks``; every one is checked before the first is sent. Calls of one loop iteration travel together.
+
+    A task without an id gets one here and is not looked up in the dedup records, unlike one whose sender chose it.
+    """
+    queue = app.queue
+    if isinstance(queue, RedisStreamTaskQueue):
+        reply = await queue._reply_client() if want else None
+        encoded = await _encode(tasks, queue._max_bytes, reply)
+        if len(encoded) == 1:
+            message_ids = [await queue._producer.post(encoded[0])]
+        else:
+            message_ids = await queue._producer.send(encoded)
+    elif isinstance(queue, InMemoryTaskQueue):
+        encoded = await _encode(tasks, queue.max_task_bytes, queue.name if want else None)
+        message_ids = await queue._add(encoded)
+    else:
+        named = [task if "id" in task else {**task, "id": new_task_id()} for task in tasks]
+        encoded = await _encode(named, app.max_task_bytes, None)
+        message_ids = await queue.produce_many(named, want_results=want)
+    kinds = (str(task["type"]) for task in tasks)
+    return [
+        Run(app, task.id, kind, message_id, wanted=want)
+        for task, kind, message_id in zip(encoded, kinds, message_ids, strict=True)
+    ]
+
+
+async def _encode(tasks: Sequence[TaskDict], max_bytes: int, reply: str | None) -> list[EncodedTask]:
+    flags, encoded = WANTS_RESULT if reply is not None else 0, []
+    for number, task in enumerate(tasks, 1):
+        encoded.append(encode_task(task, max_bytes=max_bytes, reply=reply, flags=flags))
+        if number % YIELD_EVERY == 0:
+            await asyncio.sleep(0)
+    return encoded
