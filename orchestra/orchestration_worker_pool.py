@@ -12,6 +12,7 @@ counts, measures; knows nothing of queues or agents. One event loop; not thread-
 from __future__ import annotations
 
 import asyncio
+import bisect
 import heapq
 import itertools
 import logging
@@ -22,8 +23,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
-
-import numpy as np
 
 from orchestra import telemetry
 from orchestra.errors import WorkerPoolError
@@ -63,10 +62,10 @@ class OrchestrationWorkerPoolConfig:
 class Histogram:
     """Durations in 96 logarithmic buckets from 1 µs to about 36 hours; percentiles are exact to 30 %."""
 
-    BASE, PER_DOUBLING = 1e-6, 2.6  # 96 / 2.6 doublings of 1 µs
+    BASE, PER_DOUBLING, BUCKETS = 1e-6, 2.6, 96
 
     def __init__(self) -> None:
-        self._counts = np.zeros(96, dtype=np.int64)
+        self._counts = [0] * self.BUCKETS
         self.count = 0
         self.total = 0.0
 
@@ -75,15 +74,16 @@ class Histogram:
         self.count += 1
         self.total += seconds
         scaled = seconds / self.BASE
-        index = 0 if scaled <= 1.0 else min(95, int(self.PER_DOUBLING * math.log2(scaled)))
+        index = 0 if scaled <= 1.0 else min(self.BUCKETS - 1, int(self.PER_DOUBLING * math.log2(scaled)))
         self._counts[index] += 1
 
     def percentile(self, q: float) -> float:
         """Seconds below which a share ``q`` (0 to 1) of the durations lies; 0 when there are none."""
         if not self.count:
             return 0.0
-        index = int(np.searchsorted(np.cumsum(self._counts), q * self.count))
-        return float(self.BASE * 2 ** ((min(index, 95) + 1) / self.PER_DOUBLING))
+        below = list(itertools.accumulate(self._counts))
+        index = min(bisect.bisect_left(below, q * self.count), self.BUCKETS - 1)
+        return float(self.BASE * 2 ** ((index + 1) / self.PER_DOUBLING))
 
 
 @dataclass(slots=True)
