@@ -8,7 +8,7 @@ replayed from the dead letters). The frame never changes, so no script has to un
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from orchestra import telemetry
@@ -135,11 +135,13 @@ class Complete:
 class Again:
     """The task is to run again after ``delay`` seconds.
 
-    ``counter`` says why: ``"retried"`` consumes a retry; ``"throttled"`` and ``"released"`` do not.
+    ``counter`` says why: ``"retried"`` consumes a retry; ``"throttled"`` and ``"released"`` do not. ``error`` is told to
+    those who watch; it does not travel.
     """
 
     delay: float
     counter: str = "retried"
+    error: str | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,6 @@ class Ended(NamedTuple):
 
     outcome: Outcome
     verdict: Verdict
-    error: str | None = None
 
 
 class Execution:
@@ -176,7 +175,7 @@ class Execution:
         if delivery.retries >= most:
             return Ended(outcome, Bury(outcome.value, delivery.attempt, _describe(error)))
         wait = error.after if isinstance(error, RetryLater) else _backoff.delay(retry, delivery.attempt)
-        return Ended(outcome, Again(max(0.001, wait), "retried"), f"{type(error).__name__}: {error}"[:500])
+        return Ended(outcome, Again(max(0.001, wait), "retried", f"{type(error).__name__}: {error}"[:500]))
 
 
 _WORDS = (Throttled, Reject, RetryLater)

@@ -345,7 +345,7 @@ class Dispatcher(Service):
 
     def _tell_settled(self, delivery: Delivery, ended: Ended, run_s: float) -> None:
         verdict, task_id, task_type = ended.verdict, "?", "?"
-        error = verdict.error.get("error") if isinstance(verdict, Bury) else ended.error
+        error = verdict.error.get("error") if isinstance(verdict, Bury) else getattr(verdict, "error", None)
         if not isinstance(verdict, Bury) or verdict.reason != "corrupt":
             task_id, task_type = delivery.header.id, delivery.header.type
         facts = {
