@@ -1,0 +1,92 @@
+"""Latency of one task through an idle system, beside the wake-up of a blocked raw reader in another process.
+
+Owed: from before ``produce`` to the start of the agent at most 2.5 times (p50) and 4 times (p99) the raw XADD to blocked
+XREADGROUP. One task at a time with a gap of 5 ms; both clocks are this machine's monotonic one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+import time
+
+from benchmarks import _raw
+from benchmarks._table import Row
+from benchmarks._worker import other_process, queue_at, run_loop
+
+GAP = 0.005
+WARM = 20
+
+
+def _rows(what, p50=None, p99=None):
+    return Row(f"{what}, p50", "µs", p50, less_is_better=True), Row(f"{what}, p99", "µs", p99, less_is_better=True)
+
+
+def _percentiles(rows, times):
+    ordered = sorted(times[WARM:])
+    return {
+        row: ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+        for row, share in zip(rows, (0.5, 0.99), strict=True)
+    }
+
+
+def test_send_to_start(benchmark, comparisons, empty, scale):
+    samples = WARM + scale(500, 200, 20)
+    rows = _rows("send → agent starts, idle system", 2.5, 4.0)
+
+    async def send(pipe):
+        times = []
+        async with queue_at(empty.url) as queue:
+            for _ in range(samples):
+                began = time.monotonic_ns()
+                await queue.produce(_raw.task())
+                times.append((struct.unpack("<q", os.read(pipe, 8))[0] - began) / 1000)
+                await asyncio.sleep(GAP)
+        return times
+
+    def ours():
+        empty.flush()
+        with other_process("wake", empty.url) as worker:
+            return _percentiles(rows, run_loop(send(worker.stdout.fileno())))
+
+    def raw():
+        empty.flush()
+        _raw.make_groups(empty.raw)
+        with other_process("raw-wake", empty.url, samples) as reader:
+            assert os.read(reader.stdout.fileno(), 8) == bytes(8)
+            return _percentiles(rows, _raw.wake_times(empty, reader.stdout.fileno(), samples, GAP))
+
+    comparisons.run(benchmark, ours, raw)
+
+
+def test_send_to_result(benchmark, comparisons, empty, scale):
+    """There and back; the ceiling publishes from the reader to a subscriber here."""
+    samples = WARM + scale(300, 150, 20)
+    rows = _rows("send → result, idle system")
+
+    async def ask():
+        times = []
+        async with queue_at(empty.url) as queue:
+            for number in range(samples):
+                began = time.monotonic_ns()
+                await queue.produce_many([_raw.task(number)], want_results=True)
+                record = await queue.wait_result(f"task-{number:06d}", 10)
+                times.append((time.monotonic_ns() - began) / 1000)
+                assert record["value"] == "done"
+                await asyncio.sleep(GAP)
+        return times
+
+    def ours():
+        empty.flush()
+        with other_process("answer", empty.url):
+            return _percentiles(rows, run_loop(ask()))
+
+    def raw():
+        empty.flush()
+        _raw.make_groups(empty.raw)
+        with other_process("raw-echo", empty.url, samples) as reader:
+            assert os.read(reader.stdout.fileno(), 8) == bytes(8)
+            return _percentiles(rows, _raw.echo_times(empty, samples, GAP))
+
+    comparisons.run(benchmark, ours, raw)
