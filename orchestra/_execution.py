@@ -74,9 +74,10 @@ class Execution:
             text = str(unknown_agent(task.type, self._agents))
             return Ended(Outcome.FAILED, _bury("unknown_agent", delivery.retries, text))
         try:
-            refused = await self._refused(task, agent.options)
-            if refused is not None:
-                return Ended(Outcome.THROTTLED, refused)
+            if self._limiter is not None or agent.options.limiter is not None:
+                refused = await self._refused(task, agent.options)
+                if refused is not None:
+                    return Ended(Outcome.THROTTLED, refused)
             replica = self._choose(agent, task)
             if replica is None:
                 return Ended(Outcome.THROTTLED, Again(BUSY_DELAY, "throttled"))
@@ -143,9 +144,7 @@ class Execution:
             replica.running -= 1
             if len(agent.replicas) > 1:
                 self._balancer_for(agent).task_done(replica.worker_id)
-        if value is None and not delivery.wants_result:
-            return _COMPLETED
-        return Ended(Outcome.COMPLETED, Complete(value) if delivery.wants_result else DONE)
+        return Ended(Outcome.COMPLETED, Complete(value)) if delivery.wants_result else _COMPLETED
 
     def _interrupted(self, delivery: Delivery, task: BaseTask, options: AgentOptions, slot: Slot) -> Ended:
         """A CancelledError came out: by the slot's interruption, by the agent itself, or the worker is cancelled."""
@@ -185,16 +184,24 @@ _COMPLETED = Ended(Outcome.COMPLETED, DONE)
 async def _isolated(call: Callable[[BaseTask], Any], task: BaseTask) -> Any:
     """Await ``call(task)`` in a context of its own: what one task sets in context variables, the next must not see."""
     context = contextvars.copy_context()
-    context.run(current_task.set, task)
-    made = context.run(call, task)
-    if not hasattr(made, "send"):
-        return await made
-    coroutine: Coroutine[Any, Any, Any] = made
+    coroutine, value = context.run(_first_step, call, task)
+    if coroutine is None:
+        return value
+    return await (value if coroutine is value else _Resumed(context, coroutine, value))
+
+
+def _first_step(call: Callable[[BaseTask], Any], task: BaseTask) -> tuple[Any, Any]:
+    """Run up to the first suspension: ``(None, result)``, ``(coroutine, what it waits for)`` or twice an awaitable."""
+    current_task.set(task)
+    coroutine = call(task)
     try:
-        waiting = context.run(coroutine.send, None)
+        return coroutine, coroutine.send(None)
     except StopIteration as stop:
-        return stop.value
-    return await _Resumed(context, coroutine, waiting)
+        return None, stop.value
+    except AttributeError:
+        if hasattr(coroutine, "send"):
+            raise  # the agent's own
+        return coroutine, coroutine
 
 
 class _Resumed:

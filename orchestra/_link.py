@@ -81,14 +81,18 @@ class Link:
         self._backoff.reset()
         return wire
 
-    async def send(self, packed: bytes, count: int, timeout: float | None = None) -> list[Any]:
-        """Send packed commands once; error replies are elements of the list. Survives the caller's cancellation."""
+    async def send(self, packed: bytes, count: int, timeout: float | None = None, *, shared: bool = True) -> list[Any]:
+        """Send packed commands once; error replies are elements of the list.
+
+        A ``shared`` connection survives the caller's cancellation; another is thrown away, and is a loop turn quicker.
+        """
         wire = self._wire
         if wire is None or wire.closed:
             wire = await self.wire()
         if not wire.writable:
             await wire.drain()
-        return await asyncio.shield(wire.send_nowait(packed, count, timeout=timeout))
+        replies = wire.send_nowait(packed, count, timeout=timeout)
+        return await (asyncio.shield(replies) if shared else replies)
 
     async def patiently(self, attempt: Callable[[], Awaitable[T]], patience: float) -> tuple[T, bool]:
         """Repeat ``await attempt()`` while Redis is unavailable, for up to ``patience`` seconds.

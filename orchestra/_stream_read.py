@@ -89,7 +89,7 @@ class StreamReader:
         commands.append(self._command(most, (busy,)))
         if share:
             commands.append(self._command(probe, lower))
-        found = self._collect(await self.link.send(pack(commands), len(commands)))
+        found = self._collect(await self.link.send(pack(commands), len(commands), shared=False))
         self._aim(found, asked)
         return [delivery for lane in sorted(found) for delivery in found[lane]]
 
@@ -105,7 +105,8 @@ class StreamReader:
         await self._identify()
         self._blocked = True
         try:
-            found = self._collect(await self.link.send(pack((command,)), 1, block_ms / 1000 + BLOCK_MARGIN))
+            timeout = block_ms / 1000 + BLOCK_MARGIN
+            found = self._collect(await self.link.send(pack((command,)), 1, timeout, shared=False))
         finally:
             self._blocked = False
         self._flooded = any(len(entries) >= each for entries in found.values())

@@ -70,7 +70,9 @@ def map_redis_error(exc: BaseException, *, address: str = "Redis", doing: str = 
     if isinstance(exc, redis.TimeoutError | TimeoutError):
         return _caused(StoreUnavailableError(f"{where} did not answer in time: {exc}. It may have executed it"), exc)
     if isinstance(exc, redis.ConnectionError | OSError):
-        return _caused(StoreUnavailableError(f"{where} cannot be reached: {str(exc).rstrip('.')}. Is it running there?"), exc)
+        return _caused(
+            StoreUnavailableError(f"{where} cannot be reached: {str(exc).rstrip('.')}. Is it running there?"), exc
+        )
     return _caused(StoreError(f"{where} failed: {exc!r}"), exc)
 
 

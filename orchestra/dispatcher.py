@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import weakref
 from collections import Counter
@@ -38,6 +39,10 @@ BATCH = 500
 BLOCK_MS = 5000
 PREFETCH_SECONDS, PREFETCH_MOST = 0.02, 1000
 """Beyond free slots, so many seconds of work at the present rate are held locally, and never more tasks than that."""
+RATE_MEMORY = 0.25
+"""Seconds over which the present rate is averaged: agents that wait alike end in waves."""
+SMALL = 16
+"""A read of fewer deliveries is a matter of latency, not of throughput."""
 AGING_MS = 5000
 """Per priority level: a task that was read goes before more urgent ones read so much later."""
 SWEEP = 0.05
@@ -133,7 +138,8 @@ class Dispatcher(Service):
         self._ended = 0
         self._draining = False
         self._prefetch = 1
-        self._rate_seen = (0.0, 0)
+        self._rate = self._rate_at = 0.0
+        self._rate_ended = 0
         self._maintain_at = 0.0
         self._room_wanted = asyncio.Event()
         self._settle_wanted = asyncio.Event()
@@ -263,11 +269,8 @@ class Dispatcher(Service):
         while not self._draining:
             self._adapt_prefetch()
             room = self._room()
-            if room < max(1, min(self._prefetch // 2, self._batch_size)) and self.scheduler.get_queue_size():
-                self._room_wanted.clear()
-                await self._room_wanted.wait()
-                continue
-            if room < 1:
+            worth = min(self._prefetch // 2, self._batch_size) if self.scheduler.get_queue_size() else 1
+            if room < max(1, worth):
                 self._room_wanted.clear()
                 await self._room_wanted.wait()
                 continue
@@ -281,14 +284,18 @@ class Dispatcher(Service):
             else:
                 backoff.reset()
                 self._offer(found)
+                if len(found) < SMALL:
+                    await asyncio.sleep(0)  # the worker that was woken goes before the next read is packed and sent
 
     def _adapt_prefetch(self) -> None:
         """As many tasks as end in :data:`PREFETCH_SECONDS`, at least one: little when idle, much under load."""
-        now, (since, ended) = time.monotonic(), self._rate_seen
-        if now - since >= PREFETCH_SECONDS:
-            rate = (self._ended - ended) / (now - since)
-            self._prefetch = max(1, min(PREFETCH_MOST, int(rate * PREFETCH_SECONDS)))
-            self._rate_seen = (now, self._ended)
+        now = time.monotonic()
+        passed = now - self._rate_at
+        if passed >= PREFETCH_SECONDS:
+            weight = 1.0 - math.exp(-passed / RATE_MEMORY)
+            self._rate += weight * ((self._ended - self._rate_ended) / passed - self._rate)
+            self._prefetch = max(1, min(PREFETCH_MOST, int(self._rate * PREFETCH_SECONDS)))
+            self._rate_at, self._rate_ended = now, self._ended
 
     def _offer(self, found: list[Delivery]) -> None:
         """Put deliveries into the heap and wake a worker; release them when draining."""
@@ -333,8 +340,9 @@ class Dispatcher(Service):
     def _end(self, delivery: Delivery, ended: Ended, run_s: float = 0.0) -> None:
         self.outcomes[ended.outcome] += 1
         self._ended += 1
+        if not self._verdicts:
+            self._settle_wanted.set()
         self._verdicts.append((delivery, ended.verdict))
-        self._settle_wanted.set()
         self._room_wanted.set()
         if type(ended.verdict) is Again and ended.verdict.delay > 0:
             self._maintain_by(asyncio.get_running_loop().time() + ended.verdict.delay)

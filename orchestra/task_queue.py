@@ -510,4 +510,3 @@ class RedisStreamTaskQueue(BaseTaskQueue):
     ) -> AbstractAsyncContextManager[DistributedLock]:
         """A lock shared by all processes that name it: ``async with await queue.get_lock("x") as lock: lock.fence``."""
         return RedisLock(await self._commands(), lock_name, expire_time, wait)
-
