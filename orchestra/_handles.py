@@ -25,7 +25,8 @@ from typing import (
     overload,
 )
 
-from orchestra._runs import YIELD_EVERY, Run, SendOptions, post, send_options
+from orchestra._queue_base import YIELD_EVERY
+from orchestra._runs import Run, SendOptions, post, send_options
 from orchestra.errors import ConfigurationError, InvalidTaskTypeError
 from orchestra.flow_control import Admission, BackpressureConfig, RateLimitConfig, RedisRateLimiter
 from orchestra.tasks import BaseTask

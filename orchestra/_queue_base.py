@@ -9,14 +9,19 @@ correct but neither batched nor atomic. :class:`~orchestra.task_queue.RedisStrea
 from __future__ import annotations
 
 import abc
+import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
-from orchestra._delivery import Again, Bury, Delivery, Verdict, frame_of
+from orchestra._delivery import WANTS_RESULT, Again, Bury, Delivery, Verdict, frame_of
+from orchestra.serialization import EncodedTask, encode_task, new_task_id
 from orchestra.tasks import DeadLetter, TaskDict
+
+YIELD_EVERY = 500
+"""Tasks that are encoded between two chances for the event loop to do something else."""
 
 LeaseLost = Callable[[Delivery], None]
 
@@ -60,6 +65,13 @@ class QueueStats:
         count = self.counters.get
         ended = count("completed", 0) + count("dead", 0) + count("cancelled", 0) + count("lost", 0)
         return count("produced", 0) + count("replayed", 0) == ended + self.live
+
+
+class Sent(NamedTuple):
+    """A task that was added: its id, generated where it had none, and its message id."""
+
+    task_id: str
+    message_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +120,12 @@ class BaseTaskQueue(abc.ABC):
     async def produce_many(self, tasks: Iterable[TaskDict], *, want_results: bool = False) -> list[str]:
         """Add tasks; returns their message ids in order."""
         return [await self.produce(task) for task in tasks]
+
+    async def submit(self, tasks: Iterable[TaskDict], *, want_results: bool = False) -> list[Sent]:
+        """:meth:`produce_many` for a sender who wants to know the ids of the tasks too."""
+        named = [task if "id" in task else {**task, "id": new_task_id()} for task in tasks]
+        message_ids = await self.produce_many(named, want_results=want_results)
+        return [Sent(task["id"], message_id) for task, message_id in zip(named, message_ids, strict=True)]
 
     async def acknowledge_many(self, message_ids: Iterable[str]) -> list[bool]:
         """:meth:`acknowledge` for several tasks."""
@@ -194,6 +212,19 @@ class BaseTaskQueue(abc.ABC):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         await self.close()
+
+
+async def encode_all(tasks: Iterable[TaskDict], max_bytes: int, reply: str | None) -> list[EncodedTask]:
+    """Check and encode ``tasks`` before any is sent; the event loop gets a chance every 500.
+
+    ``reply`` names the client that wants the results, None when nobody does.
+    """
+    flags, encoded = 0 if reply is None else WANTS_RESULT, []
+    for number, task in enumerate(tasks, 1):
+        encoded.append(encode_task(task, max_bytes=max_bytes, reply=reply, flags=flags))
+        if number % YIELD_EVERY == 0:
+            await asyncio.sleep(0)
+    return encoded
 
 
 class _NoLeases(AbstractAsyncContextManager[None]):

@@ -6,16 +6,12 @@ agents and connections, which are the App's. A :class:`Run` belongs to the event
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from orchestra._delivery import WANTS_RESULT
 from orchestra.errors import ConfigurationError, ResultUnavailableError, TaskCancelledError, TaskFailedError
-from orchestra.memory_queue import InMemoryTaskQueue
-from orchestra.serialization import EncodedTask, encode_task, new_task_id
 from orchestra.task_queue import BaseTaskQueue, RedisStreamTaskQueue
 from orchestra.tasks import TaskDict, TaskPriority, TaskState
 
@@ -23,9 +19,6 @@ if TYPE_CHECKING:
     from orchestra.app import App
 
 R = TypeVar("R")
-
-YIELD_EVERY = 500
-"""Tasks that are prepared between two chances for the event loop to do something else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,32 +174,8 @@ async def post(app: App, tasks: Sequence[TaskDict], *, want: bool) -> list[Run[A
 
     A task without an id gets one here and is not looked up in the dedup records, unlike one whose sender chose it.
     """
-    queue = app.queue
-    if isinstance(queue, RedisStreamTaskQueue):
-        reply = await queue._reply_client() if want else None
-        encoded = await _encode(tasks, queue._max_bytes, reply)
-        if len(encoded) == 1:
-            message_ids = [await queue._producer.post(encoded[0])]
-        else:
-            message_ids = await queue._producer.send(encoded)
-    elif isinstance(queue, InMemoryTaskQueue):
-        encoded = await _encode(tasks, queue.max_task_bytes, queue.name if want else None)
-        message_ids = await queue._add(encoded)
-    else:
-        named = [task if "id" in task else {**task, "id": new_task_id()} for task in tasks]
-        encoded = await _encode(named, app.max_task_bytes, None)
-        message_ids = await queue.produce_many(named, want_results=want)
-    kinds = (str(task["type"]) for task in tasks)
+    sent = await app.queue.submit(tasks, want_results=want)
     return [
-        Run(app, task.id, kind, message_id, wanted=want)
-        for task, kind, message_id in zip(encoded, kinds, message_ids, strict=True)
+        Run(app, one.task_id, str(task["type"]), one.message_id, wanted=want)
+        for task, one in zip(tasks, sent, strict=True)
     ]
-
-
-async def _encode(tasks: Sequence[TaskDict], max_bytes: int, reply: str | None) -> list[EncodedTask]:
-    flags, encoded = WANTS_RESULT if reply is not None else 0, []
-    for number, task in enumerate(tasks, 1):
-        encoded.append(encode_task(task, max_bytes=max_bytes, reply=reply, flags=flags))
-        if number % YIELD_EVERY == 0:
-            await asyncio.sleep(0)
-    return encoded

@@ -91,6 +91,7 @@ class StreamProducer:
         """Wait until everything that was posted has been answered."""
         while self._sending:
             await asyncio.gather(*self._sending, return_exceptions=True)
+            await asyncio.sleep(0)  # their done callbacks, which take them out of the set, run in this turn
 
     def _flush(self) -> None:
         outbox, self._outbox = self._outbox, []

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 from orchestra import telemetry
 from orchestra._clock import SYSTEM_CLOCK, Clock
 from orchestra._delivery import (
-    WANTS_RESULT,
     Bury,
     Complete,
     Delivery,
@@ -29,7 +28,7 @@ from orchestra._delivery import (
 )
 from orchestra._memory_store import Dead, Held, MemoryStore, Why
 from orchestra._memory_waits import ALL, Bells, MemoryLock
-from orchestra._queue_base import BaseTaskQueue, LeaseLost, Maintenance, QueueStats
+from orchestra._queue_base import BaseTaskQueue, LeaseLost, Maintenance, QueueStats, Sent, encode_all
 from orchestra.errors import ConfigurationError, CorruptEntryError, InvalidTaskError, QueueFullError
 from orchestra.serialization import MAX_TASK_BYTES, EncodedTask, decode_task, dumps, encode_task, loads
 from orchestra.tasks import LANES, DeadLetter, TaskDict, check_name, require_int, require_number
@@ -123,10 +122,12 @@ class InMemoryTaskQueue(BaseTaskQueue):
 
         Raises as :meth:`produce`.
         """
-        flags, reply = (WANTS_RESULT, self.name) if want_results else (0, None)
-        return await self._add(
-            [encode_task(task, max_bytes=self.max_task_bytes, reply=reply, flags=flags) for task in tasks]
-        )
+        return await self._add(await encode_all(tasks, self.max_task_bytes, self.name if want_results else None))
+
+    async def submit(self, tasks: Iterable[TaskDict], *, want_results: bool = False) -> list[Sent]:
+        """:meth:`produce_many` for a sender who wants to know the ids of the tasks too."""
+        encoded = await encode_all(tasks, self.max_task_bytes, self.name if want_results else None)
+        return [Sent(task.id, added) for task, added in zip(encoded, await self._add(encoded), strict=True)]
 
     async def _add(self, tasks: Sequence[EncodedTask]) -> list[str]:
         await asyncio.sleep(0)

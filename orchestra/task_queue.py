@@ -19,13 +19,22 @@ from typing import Any
 
 from orchestra import telemetry
 from orchestra._dead_letters import DeadLetters
-from orchestra._delivery import WANTS_RESULT, Again, Bury, Complete, Delivery, Verdict, corrupt_verdict, frame_of
+from orchestra._delivery import Again, Bury, Complete, Delivery, Verdict, corrupt_verdict, frame_of
 from orchestra._keys import QueueKeys
 from orchestra._leases import LeaseKeeper
 from orchestra._link import Link
 from orchestra._locks import RedisLock
-from orchestra._queue_base import BaseTaskQueue, DistributedLock, LeaseLost, Maintenance, QueueStats
+from orchestra._queue_base import (
+    BaseTaskQueue,
+    DistributedLock,
+    LeaseLost,
+    Maintenance,
+    QueueStats,
+    Sent,
+    encode_all,
+)
 from orchestra._replies import ReplyListener
+from orchestra._stream_census import Census
 from orchestra._stream_produce import TOKEN_WINDOW_MS, StreamProducer
 from orchestra._stream_read import GroupMissingError, StreamReader
 from orchestra._stream_settle import SettlePlanner, Settling
@@ -33,15 +42,12 @@ from orchestra._stream_upkeep import StreamUpkeep, Upkeep, crashed_verdict
 from orchestra._wire import Command, ReplyError, pack, reply_code, reply_error
 from orchestra.connections import ConnectionManager, get_connection_manager
 from orchestra.errors import ConfigurationError, CorruptEntryError, StoreError
-from orchestra.serialization import MAX_TASK_BYTES, encode_task
+from orchestra.serialization import MAX_TASK_BYTES, EncodedTask, encode_task
 from orchestra.tasks import LANES, DeadLetter, TaskDict, check_name, require_int, require_number
 
 __all__ = ["BaseTaskQueue", "RedisStreamTaskQueue"]
 
 logger = logging.getLogger("orchestra.queue")
-
-YIELD_EVERY = 500
-"""Tasks that are encoded between two chances for the event loop to do something else."""
 
 
 class RedisStreamTaskQueue(BaseTaskQueue):
@@ -99,6 +105,7 @@ class RedisStreamTaskQueue(BaseTaskQueue):
             stream_name, self.keys, self._commands, max_length=max_length, dedup_window=dedup_window, patience=patience
         )
         self._dead_letters = DeadLetters(self.keys, self._commands, patience)
+        self._census = Census(stream_name, self.keys, self.group, self._commands, patience)
         self._planner = SettlePlanner(self.keys, self.group, result_ttl, max_task_bytes)
         self._upkeep = StreamUpkeep(
             Upkeep(
@@ -174,6 +181,7 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         await self._producer.settled()
         while self._background:
             await asyncio.gather(*self._background, return_exceptions=True)
+            await asyncio.sleep(0)  # their done callbacks, which take them out of the set, run in this turn
         for reader in self._readers.values():
             await reader.link.close()
         self._readers.clear()
@@ -212,15 +220,19 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         Raises as :meth:`produce`; when Redis fails midway, own ids make it safe to send everything again.
         Cost: one round trip per 500 tasks or 1 MiB, three under way at once.
         """
-        flags, reply = 0, None
-        if want_results:
-            flags, reply = WANTS_RESULT, await self._reply_client()
-        encoded = []
-        for i, task in enumerate(tasks, 1):
-            encoded.append(encode_task(task, max_bytes=self._max_bytes, reply=reply, flags=flags))
-            if i % YIELD_EVERY == 0:
-                await asyncio.sleep(0)
-        return await self._producer.send(encoded)
+        return (await self._add(tasks, want_results))[1]
+
+    async def submit(self, tasks: Iterable[TaskDict], *, want_results: bool = False) -> list[Sent]:
+        """:meth:`produce_many` for a sender who wants to know the ids of the tasks too."""
+        encoded, message_ids = await self._add(tasks, want_results)
+        return [Sent(task.id, message_id) for task, message_id in zip(encoded, message_ids, strict=True)]
+
+    async def _add(self, tasks: Iterable[TaskDict], want_results: bool) -> tuple[list[EncodedTask], list[str]]:
+        reply = await self._reply_client() if want_results else None
+        encoded = await encode_all(tasks, self._max_bytes, reply)
+        if len(encoded) == 1:
+            return encoded, [await self._producer.post(encoded[0])]
+        return encoded, await self._producer.send(encoded)
 
     # -- consuming
 
@@ -431,41 +443,11 @@ class RedisStreamTaskQueue(BaseTaskQueue):
 
     async def get_queue_depth(self) -> int:
         """The number of live tasks: waiting, in flight and delayed. One round trip."""
-        commands: list[tuple[str, str]] = [("XLEN", lane) for lane in self.keys.lanes]
-        return sum(await self._ask([*commands, ("ZCARD", self.keys.delayed)]))
+        return await self._census.depth()
 
     async def stats(self) -> QueueStats:
-        """How many tasks are where, and the counters; one round trip, not atomic across lanes."""
-        keys = self.keys
-        lanes = [command for lane in keys.lanes for command in (("XLEN", lane), ("XPENDING", lane, self.group))]
-        rest = [("ZCARD", keys.delayed), ("XLEN", keys.dlq), ("ZCARD", keys.consumers), ("HGETALL", keys.counters)]
-        replies = await self._ask(["MULTI", *lanes, *rest, "EXEC"])
-        lengths = replies[0 : 2 * LANES : 2]
-        pending = [reply[0] if isinstance(reply, list) else 0 for reply in replies[1 : 2 * LANES : 2]]
-        delayed, dead, consumers, flat = replies[2 * LANES :]
-        names = [name.decode() for name in flat[::2]]
-        counters = {name: int(value) for name, value in zip(names, flat[1::2], strict=True) if ":" not in name}
-        return QueueStats(
-            queue=self.name,
-            waiting=tuple(length - held for length, held in zip(lengths, pending, strict=True)),
-            in_flight=tuple(pending),
-            delayed=delayed,
-            dead=dead,
-            consumers=consumers,
-            counters=counters,
-        )
-
-    async def _ask(self, commands: Sequence[Any]) -> Any:
-        """Replies to reading commands; the list inside when they form a transaction."""
-        whole = [(command,) if isinstance(command, str) else command for command in commands]
-        link = await self._commands()
-        replies, _ = await link.patiently(lambda: link.send(pack(whole), len(whole)), self._patience)
-        if whole[-1] == ("EXEC",):
-            replies = replies[-1]
-        for reply in replies if isinstance(replies, list) else [replies]:
-            if isinstance(reply, ReplyError) and reply_code(reply) != "NOGROUP":
-                raise reply_error(reply, self.manager.address.safe) from reply
-        return replies
+        """How many tasks are where, and the counters; one round trip, one moment."""
+        return await self._census.stats()
 
     # -- dead letters, results, locks
 
