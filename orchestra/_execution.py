@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Generator
@@ -177,6 +178,7 @@ class Execution:
         return Ended(outcome, Again(max(0.001, wait), "retried", f"{type(error).__name__}: {error}"[:500]))
 
 
+_ENGINE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _WORDS = (Throttled, Reject, RetryLater)
 _COMPLETED = Ended(Outcome.COMPLETED, DONE)
 
@@ -236,7 +238,10 @@ def _bury(reason: str, attempts: int, text: str) -> Bury:
 
 
 def _describe(error: BaseException) -> dict[str, Any]:
-    lines = traceback.format_exception(error)
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith(_ENGINE):
+        frames = frames.tb_next  # how the engine called the agent says nothing about the failure
+    lines = traceback.format_exception(type(error), error, frames or error.__traceback__)
     text = "".join(lines).splitlines()[-TRACEBACK_LINES:]
     name = type(error).__qualname__
     module = type(error).__module__

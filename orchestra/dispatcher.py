@@ -144,6 +144,8 @@ class Dispatcher(Service):
         self._room_wanted = asyncio.Event()
         self._settle_wanted = asyncio.Event()
         self._maintain_wanted = asyncio.Event()
+        self._sweep_wanted = asyncio.Event()
+        self._sweeping = False
         self._idle = asyncio.Event()
         self._stopped = asyncio.Event()
         self._leases = AsyncExitStack()
@@ -327,6 +329,9 @@ class Dispatcher(Service):
     async def run_item(self, item: Delivery, slot: Slot) -> None:
         """Process one delivery to its end and queue its verdict."""
         self.running_tasks += 1
+        if not self._sweeping:
+            self._sweeping = True
+            self._sweep_wanted.set()
         began = time.monotonic()
         try:
             ended = await self._execution.run(item, slot)
@@ -447,7 +452,11 @@ class Dispatcher(Service):
     async def _sweep_loop(self) -> None:
         """Interrupt what has run into its timeout; one pass over the busy slots instead of a timer per task."""
         while True:
-            await asyncio.sleep(SWEEP if self.running_tasks else 5 * SWEEP)
+            if not self.running_tasks:
+                self._sweeping = False
+                self._sweep_wanted.clear()
+                await self._sweep_wanted.wait()
+            await asyncio.sleep(SWEEP)
             now = time.monotonic()
             for slot in self._my_slots():
                 if slot.deadline is None or now < slot.deadline:

@@ -57,6 +57,8 @@ class Outcome(enum.Enum):
     RELEASED = "released"
     CRASHED = "crashed"
 
+    __hash__ = object.__hash__  # members are unique; Enum's own hash is Python code, and outcomes are counted
+
 
 class Settlement(enum.IntEnum):
     """What a settle achieved. STALE: the delivery was reclaimed or settled before; nothing was changed."""
