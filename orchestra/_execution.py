@@ -13,6 +13,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Generator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from orchestra import _backoff, telemetry
@@ -178,7 +179,7 @@ class Execution:
         return Ended(outcome, Again(max(0.001, wait), "retried", f"{type(error).__name__}: {error}"[:500]))
 
 
-_ENGINE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_ENGINE = f"{Path(__file__).parent}{os.sep}"
 _WORDS = (Throttled, Reject, RetryLater)
 _COMPLETED = Ended(Outcome.COMPLETED, DONE)
 
