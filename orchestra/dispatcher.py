@@ -21,7 +21,7 @@ from orchestra import _identity, telemetry
 from orchestra._backoff import Reconnect
 from orchestra._delivery import Again, Bury, Delivery, Verdict
 from orchestra._execution import Ended, Execution
-from orchestra._lifecycle import Service
+from orchestra._lifecycle import Service, set_within
 from orchestra.agents import AgentRegistry, AgentType, get_agent_registry
 from orchestra.errors import ConfigurationError, CorruptEntryError, StoreError, StoreUnavailableError
 from orchestra.load_balancer import BaseLoadBalancerStrategy, WeightedRoundRobinStrategy, create_load_balancer
@@ -357,10 +357,9 @@ class Dispatcher(Service):
             self._idle.set()
 
     def _tell_settled(self, delivery: Delivery, ended: Ended, run_s: float) -> None:
-        verdict, task_id, task_type = ended.verdict, "?", "?"
+        verdict = ended.verdict
         error = verdict.error.get("error") if isinstance(verdict, Bury) else getattr(verdict, "error", None)
-        if not isinstance(verdict, Bury) or verdict.reason != "corrupt":
-            task_id, task_type = delivery.header.id, delivery.header.type
+        task_id, task_type = _names(delivery)
         facts = {
             "queue": self.queue.name,
             "task_id": task_id,
@@ -412,11 +411,8 @@ class Dispatcher(Service):
 
     def _report_stale(self, stale: list[Delivery]) -> None:
         for delivery in stale:
-            try:
-                task_id = delivery.header.id
-            except CorruptEntryError:
-                task_id = "?"
-            telemetry.emit("task.stale", {}, {"queue": self.queue.name, "task_id": task_id, "outcome": "stale"})
+            facts = {"queue": self.queue.name, "task_id": _names(delivery)[0], "outcome": "stale"}
+            telemetry.emit("task.stale", {}, facts)
 
     def _lease_lost(self, delivery: Delivery) -> None:
         """Somebody else has it now: stop working on it; its settle would be stale."""
@@ -447,7 +443,7 @@ class Dispatcher(Service):
                 self._maintain_at = clock() + max(0.001, work.next_in)
             while (left := self._maintain_at - clock()) > 0:
                 self._maintain_wanted.clear()
-                await _wait(self._maintain_wanted, left)
+                await set_within(self._maintain_wanted, left)
 
     async def _sweep_loop(self) -> None:
         """Interrupt what has run into its timeout; one pass over the busy slots instead of a timer per task."""
@@ -482,7 +478,7 @@ class Dispatcher(Service):
     async def _wait_idle(self, seconds: float) -> None:
         self._idle.clear()
         if self.running_tasks:
-            await _wait(self._idle, seconds)
+            await set_within(self._idle, seconds)
 
 
 _claimed: weakref.WeakSet[PriorityScheduler] = weakref.WeakSet()
@@ -490,14 +486,13 @@ _claimed: weakref.WeakSet[PriorityScheduler] = weakref.WeakSet()
 _RELEASED = Ended(Outcome.RELEASED, Again(0.0, "released"))
 
 
+def _names(delivery: Delivery) -> tuple[str, str]:
+    """Id and type of a task, for those who watch; even of a corrupt one."""
+    try:
+        return delivery.header.id, delivery.header.type
+    except CorruptEntryError:
+        return "?", "?"
+
+
 def _pool_config(concurrency: int) -> OrchestrationWorkerPoolConfig:
     return OrchestrationWorkerPoolConfig(workers=concurrency, max_concurrent_tasks=concurrency)
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> bool:
-    """Whether ``event`` was set within ``seconds``."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await event.wait()
-    except TimeoutError:
-        return False
