@@ -243,6 +243,7 @@ async def test_flushall_under_a_blocked_reader_heals(manager):
         await manager.client.flushall()
         await queue.produce({"id": "after", "type": "work"})
         await until(lambda: asyncio.sleep(0, "after" in done))
+    assert done == ["before", "after"]
     await queue.close()
 
 

@@ -450,11 +450,14 @@ async def test_start_and_stop_in_any_order(queue, agents):
     dispatcher = Dispatcher(queue, agents=agents)
     await dispatcher.stop()
     await asyncio.gather(*(dispatcher.start() for _ in range(5)))
+    assert dispatcher.running
     await asyncio.gather(dispatcher.stop(), dispatcher.stop())
+    assert not dispatcher.running
     running = asyncio.create_task(dispatcher.run())
     await until(lambda: asyncio.sleep(0, dispatcher.running))
     await dispatcher.stop()
     await running
+    assert not dispatcher.running
 
 
 async def test_cancelling_run_stops(queue, agents):

@@ -260,6 +260,7 @@ def test_it_stops_though_its_directory_was_deleted(tmp_path):
     place = tmp_path / "gone"
     with user_process(place) as (process, pid):
         shutil.rmtree(place)
+        assert alive(pid)
         process.kill()
         process.wait()
         wait_until(lambda: not alive(pid))

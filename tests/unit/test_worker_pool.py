@@ -577,6 +577,7 @@ async def test_submitted_jobs_spread_the_same_way(make_pool, gate):
     async with asyncio.timeout(5.0):
         while gate.running < 50:
             await asyncio.sleep(0)
+    assert pool.get_active_workers() == 50
     gate.opened.set()
     await soon(asyncio.gather(*futures))
 
