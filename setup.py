@@ -51,9 +51,11 @@ setup(
             )
             for name in MODULES
         ],
-        # A trace build needs the C next to its source, or coverage cannot map lines.
-        build_dir=None if trace else "build/cython",
+        # A trace build needs the C next to its source, or coverage cannot map lines. The others have folders of their
+        # own: Cython compares times only, and would take the C of one mode for that of another.
+        build_dir=None if trace else "build/cython-checked" if checked else "build/cython",
         annotate=switch("ANNOTATE"),
+        force=trace or switch("ANNOTATE"),
         compiler_directives={
             "language_level": "3",
             "embedsignature": True,
