@@ -89,7 +89,7 @@ if TYPE_CHECKING:
     from orchestra.orchestrator import Orchestrator, get_orchestrator
     from orchestra.scheduler import PriorityScheduler, SchedulerStatistics, get_scheduler
     from orchestra.task_queue import BaseTaskQueue, RedisStreamTaskQueue
-    from orchestra.tasks import BaseTask, DeadLetter, Outcome, Retry, Settlement, TaskDict, TaskPriority, TaskState
+    from orchestra.tasks import BaseTask, DeadLetter, Outcome, Retry, TaskDict, TaskPriority, TaskState
     from orchestra.worker_manager import PoolSample, ScalingRecommendation, WorkerManager
     from orchestra.workflow import StepState, WorkflowEngine, WorkflowState, WorkflowStep, get_workflow_engine
 
@@ -104,7 +104,6 @@ __all__ = [  # noqa: RUF022 - grouped for people
     "DeadLetter",
     "Outcome",
     "Retry",
-    "Settlement",
     "TaskDict",
     "TaskPriority",
     "TaskState",
@@ -200,7 +199,7 @@ __all__ = [  # noqa: RUF022 - grouped for people
 _HOMES = {
     "orchestra.app": "AgentHandle App",
     "orchestra._runs": "Run SendOptions",
-    "orchestra.tasks": "BaseTask DeadLetter Outcome Retry Settlement TaskDict TaskPriority TaskState",
+    "orchestra.tasks": "BaseTask DeadLetter Outcome Retry TaskDict TaskPriority TaskState",
     "orchestra._queue_base": "DistributedLock QueueStats",
     "orchestra.memory_queue": "InMemoryTaskQueue",
     "orchestra.task_queue": "BaseTaskQueue RedisStreamTaskQueue",

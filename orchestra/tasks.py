@@ -60,13 +60,6 @@ class Outcome(enum.Enum):
     __hash__ = object.__hash__  # members are unique; Enum's own hash is Python code, and outcomes are counted
 
 
-class Settlement(enum.IntEnum):
-    """What a settle achieved. STALE: the delivery was reclaimed or settled before; nothing was changed."""
-
-    STALE = 0
-    SETTLED = 1
-
-
 @dataclass(slots=True)
 class BaseTask:
     """What an agent is handed. ``priority`` is a :class:`TaskPriority` value; times are seconds.
