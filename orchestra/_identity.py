@@ -1,7 +1,9 @@
 """Names for consumers by which a process of the same machine can tell that another one is dead.
 
-A name is ``<machine>.<pid>.<start time>.<random>``: the machine by boot and pid namespace, the process by its id and
-start time, so neither a reused pid nor another container is mistaken for it. Only on Linux can death be proven.
+A name is ``<machine>.<pid>.<start time>.<random>``: the machine by boot, host name and pid namespace, the process by its
+id and start time, so neither a reused pid nor another container is mistaken for it. Only on Linux can death be proven.
+What cannot be seen is not dead: ``/proc`` may hide the processes of other users (``hidepid``), signal 0 does not.
+Clones of one virtual machine snapshot share all of this; where they share a queue, give each its own host name.
 """
 
 from __future__ import annotations
@@ -10,28 +12,29 @@ import functools
 import hashlib
 import os
 import secrets
+import socket
 from pathlib import Path
 
 
 @functools.cache
 def machine() -> str:
-    """Eight hex digits for this boot and pid namespace; ``""`` where they cannot be known."""
+    """Eight hex digits for this boot, host name and pid namespace; ``""`` where they cannot be known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii")
         namespace = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
-    return hashlib.sha256(f"{boot}{namespace}".encode()).hexdigest()[:8]
+    return hashlib.sha256(f"{boot}{socket.gethostname()}{namespace}".encode()).hexdigest()[:8]
 
 
 def start_time(pid: int) -> str | None:
-    """When process ``pid`` started, in clock ticks since boot; None when there is none."""
+    """When process ``pid`` started, in clock ticks since boot; None when that cannot be seen."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
     except OSError:
         return None
-    fields = stat[stat.rindex(")") + 2 :].split()  # the command before it may hold spaces and parentheses
-    return None if fields[0] in ("Z", "X") else fields[19]
+    state, *_, start = stat[stat.rindex(")") + 2 :].split()[:20]  # the command before may hold spaces and parentheses
+    return "" if state in ("Z", "X") else start  # a zombie runs no more, whatever its parent makes of it
 
 
 def consumer_name() -> str:
@@ -45,4 +48,16 @@ def is_dead(consumer: str) -> bool:
     parts = consumer.split(".")
     if len(parts) != 4 or not machine() or parts[0] != machine() or not parts[1].isdecimal():
         return False
-    return start_time(int(parts[1])) != parts[2]
+    pid = int(parts[1])
+    started = start_time(pid)
+    return not _exists(pid) if started is None else started != parts[2]
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True
