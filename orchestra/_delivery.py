@@ -153,7 +153,12 @@ class Bury:
     error: dict[str, Any]
 
 
-Verdict: TypeAlias = Complete | Again | Bury
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The task was cancelled: terminal, neither completed nor dead."""
+
+
+Verdict: TypeAlias = Complete | Again | Bury | Cancel
 DONE = Complete()
 """The verdict of a finished task whose value nobody wants; shared, so that settling it allocates nothing."""
 

@@ -34,6 +34,8 @@ class QueueKeys:
         """Hash: counters and the reclaim cursors."""
         self.consumers = f"{tag}w"
         """Sorted set: consumer → last sign of life, milliseconds of the Redis clock."""
+        self.cancels = f"{tag}c"
+        """Sorted set: id of a task to be cancelled → milliseconds of the Redis clock; it means entries that are not newer."""
 
     def result(self, task_id: str) -> str:
         """String: the terminal record of a task whose sender wants it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from orchestra._delivery import WANTS_RESULT, Again, Bury, Delivery, Verdict, frame_of
 from orchestra.serialization import EncodedTask, encode_task, new_task_id
-from orchestra.tasks import DeadLetter, TaskDict
+from orchestra.tasks import Cancellation, DeadLetter, TaskDict
 
 YIELD_EVERY = 500
 """Tasks that are encoded between two chances for the event loop to do something else."""
@@ -76,10 +77,15 @@ class Sent(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Maintenance:
-    """What :meth:`BaseTaskQueue.maintain` found: deliveries taken over, and seconds until it should be called again."""
+    """What :meth:`BaseTaskQueue.maintain` found.
+
+    ``deliveries`` taken over; ``next_in`` seconds until it should be called again; ``cancels``: whether tasks were marked
+    as cancelled since the last call, so that what is held should be looked up with ``cancel_requested``.
+    """
 
     deliveries: list[Delivery]
     next_in: float
+    cancels: bool = False
 
 
 class BaseTaskQueue(abc.ABC):
@@ -159,6 +165,10 @@ class BaseTaskQueue(abc.ABC):
         """
         raise TypeError(f"{type(self).__name__} keeps no results: wait_result is not implemented")
 
+    async def cancel(self, task_id: str, message_id: str | None = None) -> Cancellation:
+        """Cancel a task wherever it is: waiting, delayed or running in any process."""
+        raise TypeError(f"{type(self).__name__} cannot cancel tasks: cancel is not implemented")
+
     # -- deliveries: what the dispatcher uses
 
     async def read(self, consumer: str, count: int, block_ms: int) -> list[Delivery]:
@@ -194,6 +204,14 @@ class BaseTaskQueue(abc.ABC):
     async def maintain(self, consumer: str, room: int) -> Maintenance:
         """Promote due tasks and take over up to ``room`` deliveries whose lease has run out."""
         return Maintenance([], 1.0)
+
+    def now(self) -> float:
+        """Unix seconds of the clock that all users of the queue share; deadlines are compared with it. No round trip."""
+        return time.time()
+
+    def cancel_requested(self, delivery: Delivery) -> bool:
+        """Whether the task of ``delivery`` is to be cancelled, as far as the last :meth:`maintain` knew."""
+        return False
 
     def keep_leases(self, consumer: str, on_lost: LeaseLost) -> AbstractAsyncContextManager[None]:
         """Renew the leases of everything ``consumer`` has read and not settled, while the context is open."""

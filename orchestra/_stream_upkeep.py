@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from orchestra import _identity, telemetry
+from orchestra._cancellation import CancelMarks
 from orchestra._delivery import Bury, Delivery
 from orchestra._keys import QueueKeys
 from orchestra._link import Link
@@ -41,6 +42,7 @@ class Upkeep:
     lease_ms: int
     max_deliveries: int
     link: Callable[[], Awaitable[Link]]
+    cancels: CancelMarks
     prepare: Callable[[], Awaitable[None]]
 
 
@@ -53,6 +55,8 @@ class StreamUpkeep:
         self._quiet_until = 0.0
         self._reclaim_at = 0.0
         self._adopt_at = 0.0
+        self.clock_offset = time.time() - time.monotonic()
+        """Redis clock minus monotonic clock, seconds, as of the last tick."""
 
     def stay_quiet(self) -> None:
         """Reclaim nothing for one lease from now."""
@@ -62,8 +66,11 @@ class StreamUpkeep:
         """Promote what is due, take over up to ``room`` deliveries; one round trip, more when it is time to reclaim."""
         of = self._of
         link = await of.link()
-        keys = (*of.keys.lanes, of.keys.delayed, of.keys.bodies, of.keys.counters, of.keys.consumers)
-        moved, wait_ms = await link.script(script("promote"), keys, (PROMOTE_BATCH, consumer))
+        keys = (*of.keys.lanes, of.keys.delayed, of.keys.bodies, of.keys.counters, of.keys.consumers, of.keys.cancels)
+        args = (PROMOTE_BATCH, consumer, of.cancels.newest)
+        moved, wait_ms, now_ms, marks = await link.script(script("promote"), keys, args)
+        self.clock_offset = now_ms / 1000 - time.monotonic()
+        fresh = of.cancels.add(marks)
         if moved:
             telemetry.emit("queue.promoted", {"count": moved}, {"queue": of.queue})
         now = time.monotonic()
@@ -78,7 +85,7 @@ class StreamUpkeep:
         if len(deliveries) < room and now >= max(self._reclaim_at, self._quiet_until):
             self._reclaim_at = now + self._lease / RECLAIMS_PER_LEASE
             deliveries += await self.reclaim(consumer, room - len(deliveries), of.lease_ms)
-        return Maintenance(deliveries, tick if wait_ms < 0 else min(tick, wait_ms / 1000))
+        return Maintenance(deliveries, tick if wait_ms < 0 else min(tick, wait_ms / 1000), fresh)
 
     async def reclaim(self, consumer: str, room: int, idle_ms: int, dead: str = "") -> list[Delivery]:
         """Take over up to ``room`` deliveries that have been idle for ``idle_ms``, or that ``dead`` held.

@@ -18,6 +18,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from orchestra import telemetry
+from orchestra._cancellation import Canceller, CancelMarks
 from orchestra._dead_letters import DeadLetters
 from orchestra._delivery import Again, Bury, Complete, Delivery, Verdict, corrupt_verdict, frame_of
 from orchestra._keys import QueueKeys
@@ -43,7 +44,7 @@ from orchestra._wire import Command, ReplyError, pack, reply_code, reply_error
 from orchestra.connections import ConnectionManager, get_connection_manager
 from orchestra.errors import ConfigurationError, CorruptEntryError, StoreError
 from orchestra.serialization import MAX_TASK_BYTES, EncodedTask, encode_task
-from orchestra.tasks import LANES, DeadLetter, TaskDict, check_name, require_int, require_number
+from orchestra.tasks import LANES, Cancellation, DeadLetter, TaskDict, check_name, require_int, require_number
 
 __all__ = ["BaseTaskQueue", "RedisStreamTaskQueue"]
 
@@ -107,6 +108,8 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         self._dead_letters = DeadLetters(self.keys, self._commands, patience)
         self._census = Census(stream_name, self.keys, self.group, self._commands, patience)
         self._planner = SettlePlanner(self.keys, self.group, result_ttl, max_task_bytes)
+        self._cancels = CancelMarks()
+        self._canceller = Canceller(self.keys, self.group, self._commands, result_ttl, patience)
         self._upkeep = StreamUpkeep(
             Upkeep(
                 queue=stream_name,
@@ -115,6 +118,7 @@ class RedisStreamTaskQueue(BaseTaskQueue):
                 lease_ms=claim_interval_ms,
                 max_deliveries=max_deliveries,
                 link=self._commands,
+                cancels=self._cancels,
                 prepare=self._prepare,
             )
         )
@@ -415,7 +419,7 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         """
         check_name("consumer_name", consumer)
         work = await self._upkeep.run(consumer, room)
-        return Maintenance(await self._take_over(work.deliveries), work.next_in)
+        return Maintenance(await self._take_over(work.deliveries), work.next_in, work.cancels)
 
     async def reclaim(self, consumer: str, room: int, idle_ms: int) -> list[Delivery]:
         """Take over up to ``room`` deliveries that have been idle for ``idle_ms``; one round trip a lane."""
@@ -427,6 +431,24 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         poison = [delivery for delivery in taken if self._upkeep.is_poison(delivery)]
         await self.settle([(delivery, crashed_verdict(delivery)) for delivery in poison])
         return [delivery for delivery in taken if not self._upkeep.is_poison(delivery)] if poison else taken
+
+    def now(self) -> float:
+        """Unix seconds by the Redis clock, as of the last :meth:`maintain` and the monotonic clock since."""
+        return time.monotonic() + self._upkeep.clock_offset
+
+    def cancel_requested(self, delivery: Delivery) -> bool:
+        """Whether the task of ``delivery`` is to be cancelled, as far as the last :meth:`maintain` knew."""
+        return bool(self._cancels) and self._cancels.covers(delivery)
+
+    async def cancel(self, task_id: str, message_id: str | None = None) -> Cancellation:
+        """Cancel a task wherever it is; ``message_id``, if known, finds one that waits in a lane at once.
+
+        Raises:
+            ConfigurationError: no task can have this id.
+            StoreUnavailableError: Redis was unavailable for longer than ``patience``.
+        Cost: one round trip.
+        """
+        return await self._canceller.cancel(task_id, message_id)
 
     def keep_leases(self, consumer: str, on_lost: LeaseLost) -> AbstractAsyncContextManager[None]:
         """Renew what ``consumer`` holds from a thread, while the context is open."""

@@ -43,6 +43,17 @@ class TaskState(enum.Enum):
     CANCELLED = "cancelled"
 
 
+class Cancellation(enum.Enum):
+    """What a request to cancel a task has come to."""
+
+    CANCELLED = "cancelled"
+    """It had not started; it is terminal now."""
+    REQUESTED = "requested"
+    """A worker holds it, or it is somewhere in a lane: it ends when a worker learns of it, at most about a second later."""
+    ENDED = "ended"
+    """It was terminal before; nothing changed."""
+
+
 class Outcome(enum.Enum):
     """How a delivery ended: a closed set, whatever an agent returned or raised.
 

@@ -30,7 +30,7 @@ LAYERS = (
     ("3 the edge to Redis", "connections"),
     ("4 what travels", "serialization _link _documents"),
     ("4 what travels", "_delivery"),
-    ("5 parts of components", "_queue_base _stream_produce _stream_read _stream_settle _dead_letters _replies"),
+    ("5 parts of components", "_cancellation _queue_base _stream_produce _stream_read _stream_settle _dead_letters _replies"),
     ("5 parts of components", "_leases _locks _stream_census _stream_upkeep _memory_store _workflow_state"),
     ("5 parts of components", "_memory_waits"),
     (

@@ -1,10 +1,11 @@
 #!lua flags=allow-oom
--- Moves due tasks from the delayed set to their lanes, and notes that the consumer is alive.
+-- One tick of a queue: moves due tasks to their lanes, notes that the consumer is alive, hands out fresh cancel marks.
 -- Invariant: never early by the Redis clock; a task is added to its lane before it leaves the set; any worker may call.
--- KEYS: 1-4 lane streams | 5 delayed zset | 6 bodies hash | 7 counters | 8 consumers zset
--- ARGV: 1 most to move | 2 consumer ("": none)
--- Returns: {moved, milliseconds until the next task is due (-1: none)}
--- Complexity: O(moved log delayed)
+-- KEYS: 1-4 lane streams | 5 delayed zset | 6 bodies hash | 7 counters | 8 consumers zset | 9 cancel marks zset
+-- ARGV: 1 most to move | 2 consumer ("": none) | 3 score of the newest cancel mark known, ms
+-- Returns: {moved, milliseconds until the next task is due (-1: none), Redis clock ms, {task id, score, …} of the marks
+--          that are not older than ARGV 3}
+-- Complexity: O(moved log delayed + marks returned)
 local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
 if ARGV[2] ~= '' then redis.call('ZADD', KEYS[8], now, ARGV[2]) end
@@ -30,4 +31,4 @@ end
 local wait = -1
 local next = redis.call('ZRANGE', KEYS[5], 0, 0, 'WITHSCORES')
 if next[2] then wait = math.max(0, next[2] - now) end
-return {moved, wait}
+return {moved, wait, now, redis.call('ZRANGEBYSCORE', KEYS[9], ARGV[3], '+inf', 'WITHSCORES')}
