@@ -7,11 +7,13 @@ replayed from the dead letters). The frame never changes, so no script has to un
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from orchestra import telemetry
+from orchestra.errors import CorruptEntryError
 from orchestra.serialization import TaskHeader, decode_body, decode_header, decode_task, dumps, encode_task, loads
 from orchestra.tasks import BaseTask, TaskDict
 
@@ -23,11 +25,14 @@ class Delivery:
     """One hand-over of a task to one consumer. Belongs to the event loop that read it.
 
     ``deliveries`` counts hand-overs of this entry (1 unless it was reclaimed), ``before`` those of the task's earlier
-    entries, ``retries`` the attempts consumed so far. ``lost`` is set when the lease turned out to be another's.
+    entries, ``retries`` the attempts consumed so far. ``lost`` is set when the lease turned out to be another's,
+    ``abandoned`` when its agent is out of control and the lease is no longer to be renewed.
     """
 
     __slots__ = (
+        "_foreign",
         "_header",
+        "abandoned",
         "before",
         "consumer",
         "deliveries",
@@ -49,6 +54,7 @@ class Delivery:
         self.deliveries = deliveries
         self.rank = rank
         self.lost = False
+        self.abandoned = False
         self._header: TaskHeader | None = None
         self.retries = self.before = self.generation = 0
         if len(fields) == 2 and fields[0] == b"t":
@@ -58,7 +64,8 @@ class Delivery:
 
     def _read_fields(self, fields: Sequence[bytes]) -> None:
         by_name = dict(zip(fields[::2], fields[1::2], strict=False))
-        self.frame = by_name.get(b"t", b"")  # an entry without it is foreign: decoding its header says so
+        self.frame = by_name.get(b"t", b"")
+        self._foreign = b"t" not in by_name
         try:
             self.retries = int(by_name.get(b"n", 0))
             self.before = int(by_name.get(b"d", 0))
@@ -77,6 +84,11 @@ class Delivery:
         if header is None:
             header = self._header = decode_header(self.frame)
         return header
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the entry has no frame: another program wrote it."""
+        return getattr(self, "_foreign", False)  # set where fields are unusual only: reading a task costs nothing
 
     @property
     def message_id(self) -> str:
@@ -136,12 +148,18 @@ class Again:
     """The task is to run again after ``delay`` seconds.
 
     ``counter`` says why: ``"retried"`` consumes a retry; ``"throttled"`` and ``"released"`` do not. ``error`` is told to
-    those who watch; it does not travel.
+    those who watch; it does not travel. ``due``: the moment that was meant, monotonic seconds, where it matters that the
+    way to the queue takes time: who has an earlier place must not come back later.
     """
 
     delay: float
     counter: str = "retried"
     error: str | None = field(default=None, compare=False, repr=False)
+    due: float | None = field(default=None, compare=False, repr=False)
+
+    def left(self) -> float:
+        """Seconds from now on."""
+        return self.delay if self.due is None else max(0.001, self.due - time.monotonic())
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +196,11 @@ def dead_record(task_id: str, verdict: Bury) -> bytes:
     return dumps({**fields, "error": verdict.error})
 
 
+def cancelled_record(task_id: str) -> bytes:
+    """The terminal record of a cancelled task."""
+    return dumps({"id": task_id, "outcome": "cancelled"})
+
+
 def read_record(record: bytes) -> dict[str, Any]:
     """A terminal record as a dict: ``id``, ``outcome``, and ``value`` or ``reason``, ``attempts`` and ``error``."""
     value = loads(record)
@@ -189,7 +212,46 @@ def frame_of(task_data: TaskDict) -> bytes:
     return encode_task({k: v for k, v in task_data.items() if k != "delay"}).frame
 
 
+def frame_ident(task_id: str) -> bytes:
+    """``task_id`` as it stands in a frame, from its third byte on: behind the header array's own byte and the version."""
+    return dumps(task_id)
+
+
 def corrupt_verdict(queue: str, delivery: Delivery, error: Exception) -> Bury:
-    """The end of an entry that is not a task; its bytes are kept."""
-    telemetry.emit("queue.corrupt", {}, {"queue": queue, "message_id": delivery.message_id, "error": str(error)})
-    return Bury("corrupt", 0, {"error": str(error), "error_type": type(error).__name__})
+    """The end of an entry that is not a task as far as this release knows; its bytes are kept.
+
+    ``foreign``: another program wrote it; ``unknown_version``: a newer release may understand and replay it;
+    ``corrupt``: nobody will.
+    """
+    reason, kind = "corrupt", type(error).__name__
+    if delivery.foreign:
+        reason, kind = "foreign", "ForeignEntry"
+    elif _may_be_newer(delivery.frame):
+        reason, kind = "unknown_version", "UnknownVersion"
+    facts = {"queue": queue, "message_id": delivery.message_id, "reason": reason, "error": str(error)}
+    telemetry.emit("queue.corrupt", {}, facts)
+    return Bury(reason, 0, {"error": str(error), "error_type": kind})
+
+
+def sort_out(
+    queue: str, deliveries: Sequence[Delivery], cancelled: Callable[[Delivery], bool]
+) -> tuple[list[tuple[str, TaskDict]], list[tuple[Delivery, Verdict]]]:
+    """What ``consume`` hands out of ``deliveries`` as ``(message_id, task_data)``, and the verdicts on the others."""
+    tasks: list[tuple[str, TaskDict]] = []
+    ended: list[tuple[Delivery, Verdict]] = []
+    for delivery in deliveries:
+        try:
+            task = delivery.task_dict()
+        except CorruptEntryError as error:
+            ended.append((delivery, corrupt_verdict(queue, delivery, error)))
+            continue
+        if cancelled(delivery):
+            ended.append((delivery, Cancel()))
+        else:
+            tasks.append((delivery.message_id, task))
+    return tasks, ended
+
+
+def _may_be_newer(frame: bytes) -> bool:
+    """Whether it begins as a frame does, with a later version than 1 or more header fields than the 9 of version 1."""
+    return len(frame) > 1 and 0x94 <= frame[0] <= 0x9F and 1 <= frame[1] < 0x80 and (frame[1] > 1 or frame[0] > 0x99)

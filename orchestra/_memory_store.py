@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from orchestra.tasks import LANES
+from orchestra.tasks import LANES, Cancellation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from orchestra._clock import Clock
     from orchestra.serialization import EncodedTask
 
+MARK_TTL, MOST_MARKS = 86_400.0, 100_000
+"""Seconds a cancel mark is kept, and how many at most."""
 COUNTERS = (
     "produced",
     "completed",
@@ -108,6 +110,9 @@ class MemoryStore:
         self.kept: dict[str, int] = {}
         self._known: dict[str, tuple[str, float]] = {}
         self._results: dict[str, tuple[bytes, float]] = {}
+        self._marks: dict[str, tuple[tuple[int, int], float]] = {}
+        self.marked_times = 0
+        """Cancel marks made so far."""
         self._last_id = (0, -1)
         self._order = 0
         self._locks: dict[str, tuple[str, float]] = {}
@@ -276,6 +281,64 @@ class MemoryStore:
         entry = self.lanes[lane].pending.pop(ident).entry
         self.dead[self.new_id()] = Dead(lane, entry, why, self.clock.time())
         self.counters["dead"] += 1
+
+    # -- cancel.lua, cancelled.lua
+
+    def cancel(self, task_id: str, ident: bytes, message_id: str | None, record: bytes) -> Cancellation:
+        """Cancel a task where it waits, else mark it. ``ident``: the id as it stands in a frame. O(tasks of its lane)."""
+        if task_id in self.delayed:
+            self.keep_result(task_id, record)
+            del self.delayed[task_id]
+            self.due = [item for item in self.due if item[2] != task_id]
+            heapq.heapify(self.due)
+            self.counters["cancelled"] += 1
+            return Cancellation.CANCELLED
+        in_flight = False
+        for place in (message_id, self._known.get(task_id, ("", 0.0))[0]):
+            number, _, entry = str(place).partition(":")
+            if number not in {"0", "1", "2", "3"}:
+                continue
+            lane, name = self.lanes[int(number)], entry.encode()
+            held = lane.pending.get(name)
+            in_flight = in_flight or (held is not None and held.entry.frame.startswith(ident, 2))
+            if not in_flight and self._remove_waiting(lane, name, ident):
+                self.keep_result(task_id, record)
+                self.counters["cancelled"] += 1
+                return Cancellation.CANCELLED
+        if not in_flight and self.result(task_id) is not None:
+            return Cancellation.ENDED
+        self._mark(task_id)
+        return Cancellation.REQUESTED
+
+    def _remove_waiting(self, lane: Lane, name: bytes, ident: bytes) -> bool:
+        for at, (waiting, entry) in enumerate(lane.waiting):
+            if waiting == name and entry.frame.startswith(ident, 2):
+                del lane.waiting[at]
+                return True
+        return False
+
+    def _mark(self, task_id: str) -> None:
+        now = self.clock.monotonic()
+        self._marks.pop(task_id, None)  # reinserted at the end: the order by expiry holds
+        _expire(self._marks, now)
+        while len(self._marks) >= MOST_MARKS:
+            del self._marks[next(iter(self._marks))]
+        self._marks[task_id] = (self._last_id, now + MARK_TTL)
+        self.marked_times += 1
+
+    def is_marked(self, task_id: str, ident: bytes) -> bool:
+        """Whether the task of this entry is to be cancelled: a mark covers the entries that existed when it was made."""
+        mark = self._marks.get(task_id)
+        if mark is None or mark[1] <= self.clock.monotonic():
+            return False
+        ms, _, number = ident.partition(b"-")
+        return (int(ms), int(number)) <= mark[0]
+
+    def end_cancelled(self, lane: int, ident: bytes, task_id: str) -> None:
+        """End a delivery whose task was cancelled."""
+        del self.lanes[lane].pending[ident]
+        self._marks.pop(task_id, None)
+        self.counters["cancelled"] += 1
 
     # -- dead letters: replay.lua
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import weakref
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 from orchestra.errors import LockError
@@ -93,10 +94,20 @@ class MemoryLock:
     """Enter with ``async with``; ``fence`` is valid while it is held.
 
     ``expire_time``: seconds (0.05 to 86,400) of the queue's clock after which the lock frees itself. ``wait``: seconds
-    that entering waits for it, by default as long as it takes. Acquiring what this object holds confirms it.
+    that entering waits for it, by default as long as it takes. ``renew``: prolong it while it is held, three times per
+    ``expire_time``. ``lost`` is set when it expired while it was held. Acquiring what this object holds confirms it.
     """
 
-    def __init__(self, store: MemoryStore, bells: Bells, name: str, expire_time: float, wait: float | None) -> None:
+    def __init__(
+        self,
+        store: MemoryStore,
+        bells: Bells,
+        name: str,
+        expire_time: float,
+        wait: float | None,
+        *,
+        renew: bool = True,
+    ) -> None:
         require_number("expire_time", expire_time, 0.05, 86_400.0, unit="seconds")
         if wait is not None:
             require_number("wait", wait, 0.0, 86_400.0, unit="seconds")
@@ -107,11 +118,29 @@ class MemoryLock:
         self._wait = wait
         self._token = secrets.token_hex(12)
         self._busy_for = 0.0
+        self._renew = renew
+        self._keeper: asyncio.Task[None] | None = None
         self.fence = 0
+        self.lost = asyncio.Event()
+
+    @property
+    def held(self) -> bool:
+        """Whether the lock is still held: acquired, not released, not expired."""
+        return self.fence > 0 and not self.lost.is_set() and self._store.holds_lock(self.name, self._token)
 
     def _try(self) -> bool:
         self.fence, self._busy_for = self._store.lock(self.name, self._token, self._ttl)
+        if self.fence and (self._keeper is None or self._keeper.done()):
+            self.lost.clear()
+            keeping = _keep(weakref.ref(self), self._bells, ("held", self.name, self._token))
+            self._keeper = asyncio.get_running_loop().create_task(keeping, name=f"orchestra:lock:{self.name}")
         return bool(self.fence)
+
+    def _renewed(self) -> bool:
+        """Whether it is still held; prolonged then, if that is wanted."""
+        if self._renew:
+            self._store.extend_lock(self.name, self._token, self._ttl)
+        return self.held
 
     async def acquire_nowait(self) -> bool:
         """Try once; True when held now."""
@@ -145,6 +174,9 @@ class MemoryLock:
     async def release(self) -> bool:
         """Free the lock; False when it was no longer held."""
         self.fence = 0
+        if self._keeper is not None:
+            self._keeper.cancel()
+        self._keeper = None
         released = self._store.unlock(self.name, self._token)  # first: a cancelled release has released
         if released:
             self._bells.ring(self._topic, 1)
@@ -159,3 +191,13 @@ class MemoryLock:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         await self.release()
+
+
+async def _keep(ref: weakref.ref[MemoryLock], bells: Bells, topic: Hashable) -> None:
+    """Renew a lock until it is lost or nobody has it any more; looks at once when the clock was moved by hand."""
+    while (lock := ref()) is not None and lock._renewed():
+        pause = lock._ttl / 3
+        del lock
+        await bells.wait(topic, pause)
+    if lock is not None:
+        lock.lost.set()

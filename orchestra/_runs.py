@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from orchestra.errors import ConfigurationError, ResultUnavailableError, TaskCancelledError, TaskFailedError
 from orchestra.task_queue import BaseTaskQueue, RedisStreamTaskQueue
-from orchestra.tasks import TaskDict, TaskPriority, TaskState
+from orchestra.tasks import Cancellation, TaskDict, TaskPriority, TaskState
 
 if TYPE_CHECKING:
     from orchestra.app import App
@@ -125,6 +125,18 @@ class Run(Generic[R]):
         if self._record is None:
             return TaskState.PENDING
         return _STATES.get(str(self._record.get("outcome")), TaskState.FAILED)
+
+    async def cancel(self) -> Cancellation:
+        """Cancel the task wherever it is; who waits for :meth:`result` gets TaskCancelledError when it has ended.
+
+        CANCELLED: it had not started, and never will. REQUESTED: a worker ends it as soon as it learns of it, within
+        about a second; an agent that is done before completes. ENDED: it was terminal before.
+
+        Raises:
+            StoreUnavailableError: Redis was unavailable for too long.
+        Cost: one round trip, a second one where somebody waits for the result.
+        """
+        return await self.app.queue.cancel(self.id, self.message_id or None)
 
     def _require_wanted(self) -> None:
         if not self._wanted:

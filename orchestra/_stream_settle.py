@@ -1,14 +1,28 @@
-"""Turns verdicts into script calls and their replies into stale deliveries. Pure: no I/O, no state.
+"""Turns verdicts into script calls. Pure: no I/O, no state; :mod:`orchestra._settler` sends them.
 
 Deliveries of one lane and one kind of verdict travel in one script call, and all calls of a batch in one round trip.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from orchestra._delivery import DONE, Again, Bury, Complete, Delivery, Verdict, completed_record, dead_record
+from orchestra._delivery import (
+    DONE,
+    Again,
+    Bury,
+    Cancel,
+    Complete,
+    Delivery,
+    Verdict,
+    cancelled_record,
+    completed_record,
+    corrupt_verdict,
+    dead_record,
+)
 from orchestra._keys import QueueKeys
 from orchestra._link import Call
 from orchestra._scripts import Arg, script
@@ -17,6 +31,8 @@ from orchestra.serialization import dumps
 
 RANGE_WORTH = 4
 """One range check is used while it reads at most so many pending rows for each id it saves looking up."""
+
+_rank = operator.attrgetter("rank")
 
 
 class Settling(NamedTuple):
@@ -29,7 +45,8 @@ class Settling(NamedTuple):
 class SettlePlanner:
     """Plans the calls that settle a batch for one group of one queue. Results live ``result_ttl`` seconds."""
 
-    def __init__(self, keys: QueueKeys, group: str, result_ttl: float, max_bytes: int) -> None:
+    def __init__(self, queue: str, keys: QueueKeys, group: str, result_ttl: float, max_bytes: int) -> None:
+        self._queue = queue
         self._keys = keys
         self._group = group
         self._ttl_ms = int(result_ttl * 1000)
@@ -38,6 +55,7 @@ class SettlePlanner:
         self._complete_result = script("complete_result")
         self._retry = script("retry")
         self._dead = script("dead_letter")
+        self._cancelled = script("cancelled")
 
     def plan(self, batch: Sequence[tuple[Delivery, Verdict]], held: Sequence[int]) -> list[Settling]:
         """The calls for ``batch``; ``held[lane]`` bounds how many entries of a lane this process has pending."""
@@ -58,18 +76,27 @@ class SettlePlanner:
             Complete: self._with_result,
             Again: self._again,
             Bury: self._bury,
+            Cancel: self._cancel,
         }
         calls += [planners[kind](lane, consumer, group) for (lane, consumer, kind), group in rest.items()]
         return calls
 
     def _as_sendable(self, delivery: Delivery, verdict: Verdict) -> Verdict:
-        """A value that cannot travel is a failure of the task, known before anything is settled."""
-        if isinstance(verdict, Complete) and delivery.wants_result:
-            try:
+        """What cannot be sent as it is, is a failure of the task, known before anything is settled.
+
+        A value that cannot travel; or an entry that nobody has tried to read before it was released or acknowledged.
+        """
+        if isinstance(verdict, Bury):
+            return verdict
+        try:
+            if isinstance(verdict, Complete) and delivery.wants_result:
                 completed_record(delivery.header.id, verdict.value, self._max_bytes)
-            except InvalidTaskError as error:
-                info = {"error": f"the agent's result cannot travel: {error}", "error_type": type(error).__name__}
-                return Bury("bad_result", delivery.attempt, info)
+            _ = delivery.header
+        except CorruptEntryError as error:
+            return corrupt_verdict(self._queue, delivery, error)
+        except InvalidTaskError as error:
+            info = {"error": f"the agent's result cannot travel: {error}", "error_type": type(error).__name__}
+            return Bury("bad_result", delivery.attempt, info)
         return verdict
 
     def _plain(self, lane: int, consumer: str, group: list[Delivery], held: int) -> Settling:
@@ -78,8 +105,8 @@ class SettlePlanner:
         room = held if first and held <= RANGE_WORTH * len(first) else 0
         args: list[Arg] = [self._group, consumer, room, b"-", b"+", len(first)]
         if room:
-            args[3] = min(first, key=_rank).entry
-            args[4] = max(first, key=_rank).entry
+            first.sort(key=_rank)
+            args[3], args[4] = first[0].entry, first[-1].entry
         args += [d.entry for d in first]
         for delivery in again:
             args += (delivery.entry, delivery.deliveries)
@@ -96,12 +123,23 @@ class SettlePlanner:
         return Settling(Call(self._complete_result, keys, args), [d for d, _ in group])
 
     def _again(self, lane: int, consumer: str, group: list[tuple[Delivery, Again]]) -> Settling:
-        keys = (self._keys.lanes[lane], self._keys.delayed, self._keys.bodies, self._keys.counters)
+        names = self._keys
+        keys = (names.lanes[lane], names.delayed, names.bodies, names.counters, names.cancels)
         args: list[Arg] = [self._group, consumer, lane]
         for delivery, verdict in group:
-            delay_ms = max(0, round(verdict.delay * 1000))
+            delay_ms = max(0, math.ceil(verdict.left() * 1000))
             args += (delivery.entry, delivery.deliveries, delivery.header.id, delay_ms, verdict.counter)
         return Settling(Call(self._retry, keys, args), [d for d, _ in group])
+
+    def _cancel(self, lane: int, consumer: str, group: list[tuple[Delivery, Cancel]]) -> Settling:
+        keys = [self._keys.lanes[lane], self._keys.counters, self._keys.cancels]
+        args: list[Arg] = [self._group, consumer, self._ttl_ms]
+        for delivery, _ in group:
+            header = delivery.header
+            keys.append(self._keys.result(header.id))
+            record = cancelled_record(header.id)
+            args += (delivery.entry, delivery.deliveries, header.id, record, self._channel(header.reply))
+        return Settling(Call(self._cancelled, keys, args), [d for d, _ in group])
 
     def _bury(self, lane: int, consumer: str, group: list[tuple[Delivery, Bury]]) -> Settling:
         keys = [self._keys.lanes[lane], self._keys.dlq, self._keys.counters]
@@ -124,7 +162,3 @@ class SettlePlanner:
 
     def _channel(self, client: str | None) -> str:
         return self._keys.replies(client) if client else ""
-
-
-def _rank(delivery: Delivery) -> int:
-    return delivery.rank

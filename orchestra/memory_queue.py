@@ -13,25 +13,37 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from orchestra import telemetry
 from orchestra._clock import SYSTEM_CLOCK, Clock
 from orchestra._delivery import (
     Bury,
+    Cancel,
     Complete,
     Delivery,
     Verdict,
-    completed_record,
-    dead_record,
+    cancelled_record,
+    frame_ident,
     read_record,
+    sort_out,
 )
-from orchestra._memory_store import Dead, Held, MemoryStore, Why
+from orchestra._memory_records import Plan, crashed, letter, parse_letter_id, plan_end, task_id_of
+from orchestra._memory_store import Held, MemoryStore, Why
 from orchestra._memory_waits import ALL, Bells, MemoryLock
 from orchestra._queue_base import BaseTaskQueue, LeaseLost, Maintenance, QueueStats, Sent, encode_all
-from orchestra.errors import ConfigurationError, CorruptEntryError, InvalidTaskError, QueueFullError
-from orchestra.serialization import MAX_TASK_BYTES, EncodedTask, decode_task, dumps, encode_task, loads
-from orchestra.tasks import LANES, DeadLetter, TaskDict, check_name, require_int, require_number
+from orchestra.errors import QueueFullError
+from orchestra.serialization import MAX_TASK_BYTES, EncodedTask, encode_task
+from orchestra.tasks import (
+    LANES,
+    Cancellation,
+    DeadLetter,
+    TaskDict,
+    check_ident,
+    check_name,
+    require_int,
+    require_number,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -39,17 +51,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FULL_RETRY_AFTER = 1.0
+TICK = 1.0
+"""Most seconds between two looks at what was cancelled."""
 TASKS = "tasks"
 """The topic on which readers wait."""
-
-
-class _Plan(NamedTuple):
-    """A verdict with everything encoded that can fail, so that applying it cannot."""
-
-    delivery: Delivery
-    verdict: Verdict
-    record: bytes | None = None
-    error: bytes = b""
 
 
 class InMemoryTaskQueue(BaseTaskQueue):
@@ -69,6 +74,7 @@ class InMemoryTaskQueue(BaseTaskQueue):
         claim_interval_ms: int = 60_000,
         *,
         max_length: int = 0,
+        max_dead: int = 0,
         max_task_bytes: int = MAX_TASK_BYTES,
         dedup_window: float = 3600.0,
         result_ttl: float = 3600.0,
@@ -77,6 +83,7 @@ class InMemoryTaskQueue(BaseTaskQueue):
     ) -> None:
         require_int("claim_interval_ms", claim_interval_ms, 100, 86_400_000, unit="ms")
         require_int("max_length", max_length, 0, 1 << 53, unit="tasks")
+        require_int("max_dead", max_dead, 0, 1 << 53, unit="dead letters")
         require_int("max_task_bytes", max_task_bytes, 64, 256 << 20, unit="bytes")
         require_number("dedup_window", dedup_window, 60.0, 30 * 86_400.0, unit="seconds")
         require_number("result_ttl", result_ttl, 1.0, 30 * 86_400.0, unit="seconds")
@@ -85,7 +92,7 @@ class InMemoryTaskQueue(BaseTaskQueue):
         self.group = check_name("consumer_group", consumer_group)
         self.lease = claim_interval_ms / 1000
         self.max_deliveries = max_deliveries
-        self.max_task_bytes = max_task_bytes
+        self.max_dead, self.max_task_bytes = max_dead, max_task_bytes
         self._store = MemoryStore(clock, max_length=max_length, dedup_window=dedup_window, result_ttl=result_ttl)
         self._bells = Bells(clock)
         self._keepers: dict[str, list[LeaseLost]] = {}
@@ -93,6 +100,7 @@ class InMemoryTaskQueue(BaseTaskQueue):
 
     def _forget_held(self) -> None:
         self._rank = 0
+        self._marked_times = self._store.marked_times
         self.held: tuple[dict[bytes, Delivery], ...] = tuple({} for _ in range(LANES))
 
     def twin(self) -> Self:
@@ -133,12 +141,22 @@ class InMemoryTaskQueue(BaseTaskQueue):
         await asyncio.sleep(0)
         began, store, count = time.perf_counter(), self._store, len(tasks)
         if not store.fits(count):
-            telemetry.emit("queue.refused", {"count": count, "limit": store.max_length}, {"queue": self.name})
+            about = {"queue": self.name, "reason": "length"}
+            telemetry.emit("queue.refused", {"count": count, "limit": store.max_length}, about)
             raise QueueFullError(
                 f"queue {self.name!r} holds {store.depth} live tasks of at most {store.max_length}; {count} more were "
                 f"refused: try again in {FULL_RETRY_AFTER:g} s",
                 retry_after=FULL_RETRY_AFTER,
                 limit=store.max_length,
+            )
+        if self.max_dead and len(store.dead) >= self.max_dead:
+            about = {"queue": self.name, "reason": "dead_letters"}
+            telemetry.emit("queue.refused", {"count": count, "limit": self.max_dead}, about)
+            raise QueueFullError(
+                f"queue {self.name!r} holds {len(store.dead)} dead letters of at most {self.max_dead}; {count} tasks were "
+                "refused: find out why tasks die, then replay or purge",
+                retry_after=FULL_RETRY_AFTER,
+                limit=self.max_dead,
             )
         added = store.produce(tasks)
         fresh = sum(new for _, new in added)
@@ -155,7 +173,7 @@ class InMemoryTaskQueue(BaseTaskQueue):
         """At most ``count`` tasks as ``(message_id, task_data)``, most urgent first, oldest first within a priority.
 
         Deliveries whose lease ran out come before them. An entry that is not a task is dead-lettered with its bytes
-        and skipped.
+        and skipped, a task that was cancelled is skipped.
 
         Raises:
             ConfigurationError: a bad consumer name, count or block time.
@@ -218,17 +236,17 @@ class InMemoryTaskQueue(BaseTaskQueue):
 
     def _reclaim(self, consumer: str, room: int) -> list[Delivery]:
         found: list[Delivery] = []
-        crashed: list[_Plan] = []
+        poison: list[Plan] = []
         while len(found) < room and (taken := self._store.reclaim(consumer, self.lease, room - len(found))):
             for delivery in [self._hand_out(*one) for one in taken]:
                 if delivery.deliveries > self.max_deliveries:
-                    crashed.append(self._plan(delivery, _crashed(delivery)))
+                    poison.append(self._plan(delivery, crashed(delivery)))
                 else:
                     found.append(delivery)
-        if found or crashed:
-            facts = {"count": len(found), "crashed": len(crashed)}
+        if found or poison:
+            facts = {"count": len(found), "crashed": len(poison)}
             telemetry.emit("queue.reclaimed", facts, {"queue": self.name})
-        self._apply(crashed)
+        self._apply(poison)
         return found
 
     def _hand_out(self, lane: int, entry: bytes, held: Held) -> Delivery:
@@ -238,44 +256,25 @@ class InMemoryTaskQueue(BaseTaskQueue):
         return delivery
 
     def _readable(self, deliveries: Sequence[Delivery]) -> list[tuple[str, TaskDict]]:
-        tasks = []
-        for delivery in deliveries:
-            try:
-                tasks.append((delivery.message_id, delivery.task_dict()))
-            except CorruptEntryError as error:
-                facts = {"queue": self.name, "message_id": delivery.message_id, "error": error}
-                telemetry.emit("queue.corrupt", {}, facts)
-                info = {"error": str(error), "error_type": type(error).__name__}
-                self._apply([self._plan(delivery, Bury("corrupt", 0, info))])
+        tasks, ended = sort_out(self.name, deliveries, self.cancel_requested)
+        self._apply([self._plan(delivery, verdict) for delivery, verdict in ended])
         return tasks
 
     # -- settling
 
     async def settle(self, batch: Sequence[tuple[Delivery, Verdict]]) -> list[Delivery]:
-        """End deliveries; returns those that were STALE, which changed nothing."""
+        """End deliveries; returns those that were STALE, which changed nothing.
+
+        A task that was to run again and is marked as cancelled ends as cancelled.
+        """
         plans = [self._plan(delivery, verdict) for delivery, verdict in batch]
         await asyncio.sleep(0)
         return self._apply(plans)
 
-    def _plan(self, delivery: Delivery, verdict: Verdict) -> _Plan:
-        if isinstance(verdict, Complete):
-            if not delivery.wants_result:
-                return _Plan(delivery, verdict)
-            try:
-                return _Plan(
-                    delivery, verdict, completed_record(delivery.header.id, verdict.value, self.max_task_bytes)
-                )
-            except InvalidTaskError as error:
-                info = {"error": f"the agent's result cannot travel: {error}", "error_type": type(error).__name__}
-                verdict = Bury("bad_result", delivery.attempt, info)
-        task_id = _task_id(delivery)
-        if isinstance(verdict, Bury):
-            record = dead_record(task_id, verdict) if task_id and delivery.wants_result else None
-            return _Plan(delivery, verdict, record, dumps(verdict.error))
-        _ = delivery.header  # a task that is to run again must be readable
-        return _Plan(delivery, verdict)
+    def _plan(self, delivery: Delivery, verdict: Verdict) -> Plan:
+        return plan_end(self.name, delivery, verdict, self.max_task_bytes)
 
-    def _apply(self, plans: Sequence[_Plan]) -> list[Delivery]:
+    def _apply(self, plans: Sequence[Plan]) -> list[Delivery]:
         stale = []
         for plan in plans:
             delivery = plan.delivery
@@ -288,19 +287,26 @@ class InMemoryTaskQueue(BaseTaskQueue):
                 stale.append(delivery)
         return stale
 
-    def _end(self, plan: _Plan) -> None:
-        delivery, verdict, store = plan.delivery, plan.verdict, self._store
+    def _end(self, plan: Plan) -> None:
+        delivery, verdict, store, record = plan.delivery, plan.verdict, self._store, plan.record
+        lane, entry = delivery.lane, delivery.entry
         if isinstance(verdict, Complete):
-            store.complete(delivery.lane, delivery.entry)
+            store.complete(lane, entry)
         elif isinstance(verdict, Bury):
-            why = Why(_task_id(delivery), verdict.reason, verdict.attempts, plan.error)
-            store.bury(delivery.lane, delivery.entry, why)
+            store.bury(lane, entry, Why(task_id_of(delivery), verdict.reason, verdict.attempts, plan.error))
+        elif isinstance(verdict, Cancel) or store.is_marked(delivery.header.id, entry):
+            store.end_cancelled(lane, entry, delivery.header.id)
+            telemetry.emit("queue.cancelled", {"count": 1}, {"queue": self.name})
         else:
-            store.retry(delivery.lane, delivery.entry, delivery.header.id, verdict.delay, verdict.counter)
+            store.retry(lane, entry, delivery.header.id, verdict.left(), verdict.counter)
             self._bells.ring(TASKS, ALL if verdict.delay > 0 else 1)
-        if plan.record is not None:
-            store.keep_result(delivery.header.id, plan.record)
-            self._bells.ring(("result", delivery.header.id))
+            record = None
+        if record is not None:
+            self._keep_result(delivery.header.id, record)
+
+    def _keep_result(self, task_id: str, record: bytes) -> None:
+        self._store.keep_result(task_id, record)
+        self._bells.ring(("result", task_id))
 
     def _find(self, message_id: str) -> Delivery | None:
         lane, _, entry = str(message_id).partition(":")
@@ -339,14 +345,37 @@ class InMemoryTaskQueue(BaseTaskQueue):
 
     # -- upkeep
 
-    async def maintain(self, consumer: str, room: int) -> Maintenance:
-        """Promote due tasks and take over up to ``room`` deliveries whose lease has run out."""
+    async def maintain(self, consumer: str, room: int, alone: bool | None = None) -> Maintenance:
+        """Promote due tasks and take over up to ``room`` deliveries whose lease has run out.
+
+        ``alone`` makes no difference: in one process, whoever crashes takes the queue along.
+        """
         check_name("consumer_name", consumer)
         await asyncio.sleep(0)
         self._promote(consumer)
         found = self._reclaim(consumer, room)
         due, expiry = self._store.next_due_in(), self._store.next_expiry_in(self.lease)
-        return Maintenance(found, min(seconds for seconds in (due, expiry, self.lease) if seconds is not None))
+        next_in = min(seconds for seconds in (due, expiry, self.lease, TICK) if seconds is not None)
+        marked, self._marked_times = self._marked_times, self._store.marked_times
+        return Maintenance(found, next_in, marked != self._marked_times)
+
+    def cancel_requested(self, delivery: Delivery) -> bool:
+        """Whether the task of ``delivery`` is to be cancelled."""
+        return self._store.marked_times > 0 and self._store.is_marked(task_id_of(delivery), delivery.entry)
+
+    async def cancel(self, task_id: str, message_id: str | None = None) -> Cancellation:
+        """Cancel a task wherever it is; see :meth:`~orchestra.task_queue.RedisStreamTaskQueue.cancel`.
+
+        Raises:
+            ConfigurationError: no task can have this id.
+        """
+        record = cancelled_record(check_ident("task id", task_id))
+        await asyncio.sleep(0)
+        answer = self._store.cancel(task_id, frame_ident(task_id), message_id, record)
+        if answer is Cancellation.CANCELLED:
+            telemetry.emit("queue.cancelled", {"count": 1}, {"queue": self.name})
+            self._bells.ring(("result", task_id))
+        return answer
 
     @asynccontextmanager
     async def keep_leases(self, consumer: str, on_lost: LeaseLost) -> AsyncIterator[None]:
@@ -365,7 +394,7 @@ class InMemoryTaskQueue(BaseTaskQueue):
 
     def _tell_lost(self, delivery: Delivery) -> None:
         delivery.lost = True
-        telemetry.emit("lease.lost", {}, {"queue": self.name, "task_id": _task_id(delivery)})
+        telemetry.emit("lease.lost", {}, {"queue": self.name, "task_id": task_id_of(delivery)})
         for on_lost in [*self._keepers.get(delivery.consumer, ())]:
             on_lost(delivery)
 
@@ -410,11 +439,11 @@ class InMemoryTaskQueue(BaseTaskQueue):
         return read_record(record)
 
     async def get_lock(
-        self, lock_name: str, expire_time: float = 30, *, wait: float | None = None
+        self, lock_name: str, expire_time: float = 30, *, wait: float | None = None, renew: bool = True
     ) -> AbstractAsyncContextManager[MemoryLock]:
         """A lock shared by the handles of this queue: ``async with await queue.get_lock("x") as lock: lock.fence``."""
         await asyncio.sleep(0)
-        return MemoryLock(self._store, self._bells, lock_name, expire_time, wait)
+        return MemoryLock(self._store, self._bells, lock_name, expire_time, wait, renew=renew)
 
     # -- dead letters
 
@@ -430,20 +459,20 @@ class InMemoryTaskQueue(BaseTaskQueue):
             ConfigurationError: ``count`` is out of range, or ``after`` is no id of a dead letter.
         """
         require_int("count", count, 1, 10_000, unit="dead letters")
-        start = _parse(after) if after is not None else (-1, 0)
+        start = parse_letter_id(after) if after is not None else (-1, 0)
         await asyncio.sleep(0)
         found = [(ident, dead) for ident, dead in self._store.dead.items() if ident > start]
-        return [_letter(ident, dead) for ident, dead in found[:count]]
+        return [letter(ident, dead) for ident, dead in found[:count]]
 
     async def replay_dlq(self, message_ids: Iterable[str]) -> int:
         """Put dead letters back into their lanes with their retries restored; returns how many were.
 
         Each is replayed once, however often this is called. What cannot be decoded stays dead.
         """
-        wanted = [_parse(message_id) for message_id in message_ids]
+        wanted = [parse_letter_id(message_id) for message_id in message_ids]
         await asyncio.sleep(0)
         sound = [
-            ident for ident in wanted if ident in self._store.dead and _letter(ident, self._store.dead[ident]).task_data
+            ident for ident in wanted if ident in self._store.dead and letter(ident, self._store.dead[ident]).task_data
         ]
         replayed = sum(self._store.replay(ident) for ident in sound)
         self._bells.ring(TASKS, replayed)
@@ -451,40 +480,7 @@ class InMemoryTaskQueue(BaseTaskQueue):
 
     async def purge_dlq(self, message_ids: Iterable[str] | None = None) -> int:
         """Delete dead letters (all when None); returns how many were."""
-        wanted = None if message_ids is None else [_parse(message_id) for message_id in message_ids]
+        wanted = None if message_ids is None else [parse_letter_id(message_id) for message_id in message_ids]
         await asyncio.sleep(0)
         dead = self._store.dead
         return sum(dead.pop(ident, None) is not None for ident in (list(dead) if wanted is None else wanted))
-
-
-def _task_id(delivery: Delivery) -> str:
-    try:
-        task_id: str = delivery.header.id
-    except CorruptEntryError:
-        return ""  # nobody can be waiting for what cannot be read
-    return task_id
-
-
-def _crashed(delivery: Delivery) -> Bury:
-    times = delivery.deliveries - 1
-    info = {"error": f"handed out {times} times and never settled: its worker died or stalled each time"}
-    return Bury("crashed", delivery.retries + times, {**info, "error_type": "Crashed", "deliveries": times})
-
-
-def _parse(message_id: str) -> tuple[int, int]:
-    ms, _, seq = message_id.partition("-")
-    if not (ms.isdecimal() and seq.isdecimal()):
-        raise ConfigurationError(
-            f"a dead letter's id looks like 1700000000000-0, got {message_id!r}", field="message_id", value=message_id
-        )
-    return int(ms), int(seq)
-
-
-def _letter(ident: tuple[int, int], dead: Dead) -> DeadLetter:
-    raw = b""
-    try:
-        task_data: TaskDict | None = decode_task(dead.entry.frame)
-    except CorruptEntryError:
-        task_data, raw = None, dead.entry.frame
-    _, reason, attempts, error = dead.why
-    return DeadLetter(f"{ident[0]}-{ident[1]}", task_data, loads(error), reason, attempts, dead.died_at, raw)

@@ -7,6 +7,7 @@
 -- Complexity: O(deliveries log pending)
 local stream, group, consumer = KEYS[1], ARGV[1], ARGV[2]
 local done, stale = 0, {}
+redis.call('HLEN', KEYS[2]) -- fails before anything is written if the counters are no hash
 for i = 1, #KEYS - 2 do
   local at = 5 * i - 2
   local id = ARGV[at]

@@ -9,6 +9,7 @@
 -- Complexity: O(deliveries log pending)
 local stream, group, consumer = KEYS[1], ARGV[1], ARGV[2]
 local dead, stale = 0, {}
+redis.call('HLEN', KEYS[3]) -- fails before anything is written if the counters are no hash
 for k = 4, #KEYS do
   local i = 4 + 9 * (k - 4)
   local id = ARGV[i]

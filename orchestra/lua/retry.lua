@@ -1,20 +1,30 @@
 #!lua flags=allow-oom
 -- Moves deliveries of one lane to the delayed set, or straight back to their lane when there is no delay.
--- Invariant: the task is added before its delivery is removed; only the holder moves it; the body is the stream's own.
--- KEYS: 1 lane stream | 2 delayed zset | 3 bodies hash | 4 counters
+-- Invariant: the task is added before its delivery is removed; only the holder moves it; the body is the stream's own;
+--            a task that is marked as cancelled is not moved, so no delayed task is covered by a mark older than itself.
+-- KEYS: 1 lane stream | 2 delayed zset | 3 bodies hash | 4 counters | 5 cancel marks zset
 -- ARGV: 1 group | 2 consumer | 3 lane 0-3, then per delivery: id | deliveries | task id | delay ms | counter
 --       counter: "retried" (consumes a retry), "throttled" or "released" (do not)
--- Returns: the ids that were STALE and left alone
+-- Returns: the ids that were STALE and left alone; "!<id>": marked and left alone, to be settled as cancelled
 -- Complexity: O(deliveries (log pending + log delayed))
 local stream, group, consumer = KEYS[1], ARGV[1], ARGV[2]
 local now = redis.call('TIME')
-now = now[1] * 1000 + math.floor(now[2] / 1000)
-local stale = {}
+now = now[1] * 1000 + math.ceil(now[2] / 1000) -- a fraction of a millisecond late is not early
+local stale, marks = {}, redis.call('EXISTS', KEYS[5]) == 1
+-- What follows the first write must not fail for the type of a key, so these fail here.
+redis.call('ZCARD', KEYS[2])
+redis.call('HLEN', KEYS[3])
+redis.call('HLEN', KEYS[4])
+redis.call('ZCARD', KEYS[5])
 for i = 4, #ARGV, 5 do
   local id, delay, counter = ARGV[i], tonumber(ARGV[i + 3]), ARGV[i + 4]
   local row = redis.call('XPENDING', stream, group, id, id, 1, consumer)[1]
-  local entry = row and row[4] == tonumber(ARGV[i + 1]) and redis.call('XRANGE', stream, id, id)[1]
-  if entry then
+  if row and row[4] ~= tonumber(ARGV[i + 1]) then row = nil end -- ours, but handed out again since
+  local entry = row and redis.call('XRANGE', stream, id, id)[1]
+  local mark = entry and marks and redis.call('ZSCORE', KEYS[5], ARGV[i + 2])
+  if mark and tonumber(string.match(id, '^%d+')) <= tonumber(mark) then
+    stale[#stale + 1] = '!' .. id
+  elseif entry then
     local f = {n = 0, d = 0, g = 0}
     for j = 1, #entry[2], 2 do f[entry[2][j]] = entry[2][j + 1] end
     local retries = f.n + (counter == 'retried' and 1 or 0)

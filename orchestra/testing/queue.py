@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from orchestra._delivery import Delivery, Verdict
     from orchestra._queue_base import Maintenance
-    from orchestra.tasks import TaskDict
+    from orchestra.tasks import Cancellation, TaskDict
 
 THIEF = "somebody-else"
 """The consumer that holds what :meth:`MockTaskQueue.take_away` took."""
@@ -31,6 +31,8 @@ class MockTaskQueue(InMemoryTaskQueue):
         """Every task that was accepted, repeats included, in order."""
         self.acknowledged: list[str] = []
         """The message ids that ``acknowledge`` completed."""
+        self.cancelled: list[str] = []
+        """The task ids that ``cancel`` was asked for."""
         self._failures: dict[str, deque[Exception]] = {}
 
     def fail_next(self, method: str, error: Exception, times: int = 1) -> None:
@@ -38,7 +40,7 @@ class MockTaskQueue(InMemoryTaskQueue):
 
         Raises:
             ValueError: ``method`` is none of ``produce produce_many consume read acknowledge add_to_dlq settle
-                maintain``.
+                maintain cancel``.
         """
         if method not in _FALLIBLE:
             raise ValueError(f"method must be one of {', '.join(_FALLIBLE)}, got {method!r}")
@@ -106,10 +108,17 @@ class MockTaskQueue(InMemoryTaskQueue):
         self._fail("settle")
         return await super().settle(batch)
 
-    async def maintain(self, consumer: str, room: int) -> Maintenance:
+    async def maintain(self, consumer: str, room: int, alone: bool | None = None) -> Maintenance:
         """:meth:`~orchestra.memory_queue.InMemoryTaskQueue.maintain`, which may be told to fail."""
         self._fail("maintain")
-        return await super().maintain(consumer, room)
+        return await super().maintain(consumer, room, alone)
+
+    async def cancel(self, task_id: str, message_id: str | None = None) -> Cancellation:
+        """:meth:`~orchestra.memory_queue.InMemoryTaskQueue.cancel`, remembered."""
+        self._fail("cancel")
+        answer = await super().cancel(task_id, message_id)
+        self.cancelled.append(task_id)
+        return answer
 
 
-_FALLIBLE = ("produce", "produce_many", "consume", "read", "acknowledge", "add_to_dlq", "settle", "maintain")
+_FALLIBLE = ("produce", "produce_many", "consume", "read", "acknowledge", "add_to_dlq", "settle", "maintain", "cancel")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from redis.exceptions import DataError, NoScriptError, ResponseError
 
+from orchestra import _limit_twin
 from orchestra._clock import SYSTEM_CLOCK, Clock
 from orchestra._scripts import script
 from orchestra.connections import parse_address
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 Value = bytes | dict[bytes, bytes]
 WRONGTYPE = "WRONGTYPE Operation against a key holding the wrong kind of value"
 NOT_AN_INT = "value is not an integer or out of range"
-MAX_COUNTED = 9_007_199_254_740_992
-"""2**53, the longest wait that ``lua/gcra.lua`` tells."""
 
 
 def _bytes(value: Any) -> bytes:
@@ -319,30 +318,28 @@ class MockRedis:
         count = _int(numkeys)
         return _SCRIPTS[name](self, rest[:count], rest[count:])
 
-    def _gcra(self, keys: Sequence[Any], args: Sequence[Any]) -> list[int]:
+    def _gcra(self, keys: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """``lua/gcra.lua``: every number is whole microseconds, so Python's integers decide as Lua's doubles do."""
-        emission, burst, ordered = _int(args[0]), _int(args[1]), _bytes(args[2]) == b"1"
-        pairs = [(_int(args[i]), _int(args[i + 1])) for i in range(3, len(args), 2)]
-        if emission < 1 or burst < emission or not pairs:
-            raise ResponseError("gcra: expected T >= 1, burst >= T, order, then pairs of cost and reserve")
-        now, stored = self._now_us(), _int(self._string(keys[0]) or b"0")
-        tat = line = max(now, min(stored, now + burst))
-        write, blocked = stored > tat > now, False
-        waits = []
-        for cost, reserve in pairs:
-            late = line + cost * emission - (burst - reserve) - now
-            if late <= 0 and not blocked:
-                tat = line = line + cost * emission
-                write = True
-                waits.append(0)
-                continue
-            waits.append(min(max(late, 1), MAX_COUNTED))
-            if ordered:
-                blocked = True
-                line += cost * emission
-        if write:
-            self._store(keys[0], tat, math.ceil((tat - now) / 1000) + 1)
-        return [now, tat, *waits]
+
+        def setting(name: str) -> str | None:
+            found = self._hash(keys[0]).get(name.encode())
+            return None if found is None else found.decode()
+
+        try:
+            names = [str(key) for key in keys]
+            return _limit_twin.gcra(self._now_us(), names, args, self._text, self._store, setting)
+        except _limit_twin.BadCallError as error:
+            raise ResponseError(str(error)) from error
+
+    def _text(self, key: str) -> str | None:
+        found = self._string(key)
+        return None if found is None else found.decode()
+
+    def _gcra_return(self, keys: Sequence[Any], args: Sequence[Any]) -> int:
+        return _limit_twin.gcra_return(self._now_us(), str(keys[0]), args, self._text, self._store)
+
+    def _gcra_note(self, keys: Sequence[Any], args: Sequence[Any]) -> int:
+        return int(self._hset(keys[0], args[0], args[1]) >= 0)
 
     def _lock_acquire(self, keys: Sequence[Any], args: Sequence[Any]) -> list[int]:
         holder = self._string(keys[0])
@@ -369,6 +366,8 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
 }
 _SCRIPTS: dict[str, Callable[[MockRedis, Sequence[Any], Sequence[Any]], Any]] = {
     "gcra": MockRedis._gcra,
+    "gcra_return": MockRedis._gcra_return,
+    "gcra_note": MockRedis._gcra_note,
     "lock_acquire": MockRedis._lock_acquire,
     "lock_extend": MockRedis._lock_extend,
     "lock_release": MockRedis._lock_release,

@@ -39,6 +39,10 @@ class MemoryBackend:
     async def expire_lock(self, queue, name):
         self.clock.advance(86_400)
 
+    async def forget_ids(self, queue):
+        """As if the dedup window had passed."""
+        queue._store._known.clear()
+
     async def put_garbage(self, queue, frame, lane=2):
         queue._store.add(lane, Entry(frame))
         queue._store.counters["produced"] += 1
@@ -85,6 +89,9 @@ class RedisBackend:
 
     async def expire_lock(self, queue, name):
         await self.manager.client.delete(lock_keys(name)[0])
+
+    async def forget_ids(self, queue):
+        await self.manager.client.delete(*queue.keys.dedup)
 
     async def put_garbage(self, queue, frame, lane=2):
         await self.manager.client.xadd(queue.keys.lanes[lane], {"t": frame})

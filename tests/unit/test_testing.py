@@ -182,13 +182,13 @@ async def test_a_lease_that_was_lost_before_is_told():
 async def test_next_in_says_when_to_maintain():
     clock = ManualClock()
     queue = InMemoryTaskQueue(clock=clock, claim_interval_ms=60_000)
-    assert (await queue.maintain("a", 1)).next_in == 60.0
-    await queue.produce_many([work(), work(delay=5)])
+    assert (await queue.maintain("a", 1)).next_in == 1.0, "it looks for cancelled tasks"
+    await queue.produce_many([work(), work(delay=0.5)])
     await queue.read("a", 1, 0)
-    assert (await queue.maintain("a", 1)).next_in == 5.0
-    clock.advance(58)
+    assert (await queue.maintain("a", 1)).next_in == 0.5
+    clock.advance(59.75)
     await queue.read("a", 1, 0)
-    assert (await queue.maintain("a", 0)).next_in == 2.0
+    assert (await queue.maintain("a", 0)).next_in == 0.25
 
 
 async def test_ids_grow_although_the_wall_clock_goes_back():
@@ -246,10 +246,13 @@ async def test_the_mock_queue_remembers():
     await queue.acknowledge(message_id)
     await queue.acknowledge(message_id)
     assert queue.acknowledged == [message_id]
+    await queue.cancel("b")
+    assert queue.cancelled == ["b"]
 
 
 @pytest.mark.parametrize(
-    "method", ["produce", "produce_many", "consume", "read", "acknowledge", "add_to_dlq", "settle", "maintain"]
+    "method",
+    ["produce", "produce_many", "consume", "read", "acknowledge", "add_to_dlq", "settle", "maintain", "cancel"],
 )
 async def test_the_mock_queue_fails_when_told(method):
     calls = {
@@ -261,6 +264,7 @@ async def test_the_mock_queue_fails_when_told(method):
         "add_to_dlq": lambda q: q.add_to_dlq("2:1-1", {}, {}),
         "settle": lambda q: q.settle([]),
         "maintain": lambda q: q.maintain("a", 1),
+        "cancel": lambda q: q.cancel("t"),
     }
     queue = MockTaskQueue()
     queue.fail_next(method, StoreUnavailableError("down"), times=2)
@@ -551,7 +555,8 @@ async def test_the_gcra_script_admits_no_more_than_the_limit():
     admitted = []
     for step in range(300):
         clock.advance((step * 7919 % 23) / 100)
-        now, tat, wait = await _scripts.call(redis, "gcra", ["tat"], [100_000, 500_000, 0, 1, 0])
+        call = [1, "limit", 0, 100_000, 500_000, 1, 0, 1, 1, 1, 0]
+        now, tat, wait, _ = await _scripts.call(redis, "gcra", ["set", "tat"], call)
         assert now == int(clock.time() * 1e6)
         assert now <= tat <= now + 500_000
         if wait == 0:

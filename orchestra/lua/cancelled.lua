@@ -1,0 +1,30 @@
+#!lua flags=allow-oom
+-- Settles cancelled deliveries of one lane, and tells the senders who wait.
+-- Invariant: the record is written once, by the holder of the delivery, before the delivery disappears; the mark goes last.
+-- KEYS: 1 lane stream | 2 counters | 3 cancel marks zset | 4… result key per delivery
+-- ARGV: 1 group | 2 consumer | 3 time to live of a record ms, then per delivery:
+--       id | deliveries | task id | record | channel ("": none)
+-- Returns: the ids that were STALE and left alone
+-- Complexity: O(deliveries (log pending + log marks))
+local stream, group, consumer = KEYS[1], ARGV[1], ARGV[2]
+local ended, stale = 0, {}
+-- What follows the first write must not fail for the type of a key, so these fail here.
+redis.call('HLEN', KEYS[2])
+redis.call('ZCARD', KEYS[3])
+for k = 4, #KEYS do
+  local i = 4 + 5 * (k - 4)
+  local id = ARGV[i]
+  local row = redis.call('XPENDING', stream, group, id, id, 1, consumer)[1]
+  if row and row[4] == tonumber(ARGV[i + 1]) then
+    redis.call('SET', KEYS[k], ARGV[i + 3], 'PX', ARGV[3])
+    redis.call('XACK', stream, group, id)
+    redis.call('XDEL', stream, id)
+    redis.call('ZREM', KEYS[3], ARGV[i + 2])
+    if ARGV[i + 4] ~= '' then redis.call('PUBLISH', ARGV[i + 4], ARGV[i + 3]) end
+    ended = ended + 1
+  else
+    stale[#stale + 1] = id
+  end
+end
+if ended > 0 then redis.call('HINCRBY', KEYS[2], 'cancelled', ended) end
+return stale
