@@ -7,7 +7,9 @@ different names never give the same key.
 
 from __future__ import annotations
 
-from orchestra.tasks import LANES, check_ident, check_name
+import hashlib
+
+from orchestra.tasks import LANES, check_ident, check_name, is_ident
 
 PREFIX = "orc:"
 
@@ -36,6 +38,14 @@ class QueueKeys:
         """Sorted set: consumer → last sign of life, milliseconds of the Redis clock."""
         self.cancels = f"{tag}c"
         """Sorted set: id of a task to be cancelled → milliseconds of the Redis clock; it means entries that are not newer."""
+        self.breakers = f"{tag}b"
+        """Sorted set: process that tells of its circuit breakers → milliseconds of the Redis clock when it last did."""
+        self.breaker_resets = f"{tag}br"
+        """Hash: breaker that is to be reset → milliseconds of the Redis clock when that was asked for."""
+
+    def breakers_of(self, origin: str) -> str:
+        """String: what a process tells of its circuit breakers, JSON; expires soon after the process is gone."""
+        return f"{self.tag}b:{origin}"
 
     def result(self, task_id: str) -> str:
         """String: the terminal record of a task whose sender wants it."""
@@ -46,9 +56,33 @@ class QueueKeys:
         return f"{self.tag}p:{client}"
 
 
-def limiter(name: str) -> str:
-    """String: theoretical arrival time of a rate limiter, microseconds of the Redis clock."""
-    return f"{PREFIX}{{lim.{name}}}:tat"
+def limiter(name: str, key: str | None = None, scope: str = "all") -> str:
+    """String: theoretical arrival time of a rate limiter (for one ``key`` of it), microseconds of the Redis clock.
+
+    ``name`` is an ident. ``key`` is any text: as it is where it is an ident, else by its hash; behind the length of the
+    name, so that two pairs never give the same. Limits of one ``scope`` share a slot, so that one script can ask several.
+    """
+    tag = f"{PREFIX}{{lim.{scope}}}:"
+    if key is None:
+        return f"{tag}t:{name}"
+    if is_ident(key):
+        return f"{tag}k:{len(name)}:{name}:{key}"
+    return f"{tag}h:{len(name)}:{name}:{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def limit_settings(scope: str = "all") -> str:
+    """Hash: name of a rate limit → what was set for it at run time: version, T, burst (microseconds), rate, period."""
+    return f"{PREFIX}{{lim.{check_name('limit scope', scope)}}}:set"
+
+
+def limit_names(scope: str = "all") -> str:
+    """Hash: name of a rate limit → what its limiters were made with, for display; forgotten after 30 days without use."""
+    return f"{PREFIX}{{lim.{check_name('limit scope', scope)}}}:names"
+
+
+def breaker(name: str) -> str:
+    """Hash: the state of a circuit breaker that processes share, with the permits of its probes."""
+    return f"{PREFIX}{{brk.{name}}}:s"
 
 
 def lock(name: str) -> tuple[str, str]:

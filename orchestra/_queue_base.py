@@ -28,9 +28,17 @@ LeaseLost = Callable[[Delivery], None]
 
 
 class DistributedLock(Protocol):
-    """A lock that several processes share. ``fence`` grows with every acquisition; the resource should check it."""
+    """A lock that several processes share. ``fence`` grows with every acquisition; the resource should check it.
+
+    ``lost`` is set when the lock is no longer this holder's although it was not released.
+    """
 
     fence: int
+    lost: asyncio.Event
+
+    @property
+    def held(self) -> bool:
+        """Whether it is surely still held, by this process's own clock."""
 
     async def __aenter__(self) -> Self: ...
 
@@ -80,12 +88,14 @@ class Maintenance:
     """What :meth:`BaseTaskQueue.maintain` found.
 
     ``deliveries`` taken over; ``next_in`` seconds until it should be called again; ``cancels``: whether tasks were marked
-    as cancelled since the last call, so that what is held should be looked up with ``cancel_requested``.
+    as cancelled since the last call, so that what is held should be looked up with ``cancel_requested``; ``suspects``:
+    deliveries on their last allowed hand-over that were left where they are.
     """
 
     deliveries: list[Delivery]
     next_in: float
     cancels: bool = False
+    suspects: int = 0
 
 
 class BaseTaskQueue(abc.ABC):
@@ -201,8 +211,13 @@ class BaseTaskQueue(abc.ABC):
                 stale.append(delivery)
         return stale
 
-    async def maintain(self, consumer: str, room: int) -> Maintenance:
-        """Promote due tasks and take over up to ``room`` deliveries whose lease has run out."""
+    async def maintain(self, consumer: str, room: int, alone: bool | None = None) -> Maintenance:
+        """Promote due tasks and take over up to ``room`` deliveries whose lease has run out.
+
+        ``alone``: whether the caller runs nothing else, so that a crash would convict exactly one task. True: at most one
+        delivery that is on its last allowed hand-over is taken, now; False: none is, they are counted in ``suspects``;
+        None: the caller does not care.
+        """
         return Maintenance([], 1.0)
 
     def now(self) -> float:

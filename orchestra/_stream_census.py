@@ -9,6 +9,7 @@ from orchestra._keys import QueueKeys
 from orchestra._link import Link
 from orchestra._queue_base import QueueStats
 from orchestra._wire import Command, ReplyError, pack, reply_code, reply_error
+from orchestra.errors import StoreFullError
 from orchestra.tasks import LANES
 
 
@@ -34,7 +35,7 @@ class Census:
         keys = self._keys
         lanes = [command for lane in keys.lanes for command in (("XLEN", lane), ("XPENDING", lane, self._group))]
         rest = [("ZCARD", keys.delayed), ("XLEN", keys.dlq), ("ZCARD", keys.consumers), ("HGETALL", keys.counters)]
-        replies = (await self._ask([("MULTI",), *lanes, *rest, ("EXEC",)]))[-1]
+        replies = await self._at_once([*lanes, *rest])
         lengths = replies[0 : 2 * LANES : 2]
         pending = [reply[0] if isinstance(reply, list) else 0 for reply in replies[1 : 2 * LANES : 2]]
         delayed, dead, consumers, flat = replies[2 * LANES :]
@@ -49,6 +50,12 @@ class Census:
             consumers=consumers,
             counters=counters,
         )
+
+    async def _at_once(self, commands: Sequence[Command]) -> Any:
+        try:
+            return (await self._ask([("MULTI",), *commands, ("EXEC",)]))[-1]
+        except StoreFullError:  # Redis 7.0 queues no command while its memory is full: then not quite at one moment
+            return await self._ask(commands)
 
     async def _ask(self, commands: Sequence[Command]) -> Any:
         link = await self._link()

@@ -15,6 +15,7 @@ from orchestra._keys import QueueKeys
 from orchestra._link import Call, Link
 from orchestra._scripts import script
 from orchestra._wire import ReplyError, Wire, pack, reply_code, reply_error
+from orchestra.errors import StoreError
 from orchestra.tasks import LANES
 
 EXACT_BELOW = 16
@@ -24,7 +25,11 @@ BLOCKED_COUNT = 32
 LOWER_SHARE_EVERY = 16
 """Every so many reads the lanes below the busy one get a share, so that none starves."""
 BLOCK_MARGIN = 5.0
-"""Seconds a blocking read may take beyond its block before its connection counts as broken."""
+"""Seconds a blocking read may take beyond its block before its connection counts as broken; never more than the
+manager's ``timeout``."""
+
+
+_SHAPELESS = (TypeError, ValueError, LookupError, AttributeError)
 
 
 class GroupMissingError(Exception):
@@ -59,10 +64,10 @@ class StreamReader:
 
         Raises:
             GroupMissingError: nothing can be read until the groups exist.
-            StoreUnavailableError: what was delivered, if anything, comes back after its lease.
+            StoreUnavailableError: what was delivered, if anything, is to be looked for (_stream_ghosts).
         """
         if exact or count < EXACT_BELOW or (block_ms <= 0 and not self._flooded):
-            found = await self._read_exactly(count)
+            found = await self._read_exactly(count, None if exact else self._favoured())
         elif self._flooded:
             found = await self._read_split(count)
         else:
@@ -71,10 +76,20 @@ class StreamReader:
             found = await self._read_blocking(count, block_ms)
         return found
 
-    async def _read_exactly(self, count: int) -> list[Delivery]:
-        reply = (await self.link.run((Call(self._take, self._keys.lanes, (self._group, self.consumer, count)),)))[0]
+    def _favoured(self) -> int | None:
+        """The lane whose turn it is: each of the lower ones about once in :data:`LOWER_SHARE_EVERY` reads."""
+        self._reads += 1
+        turn, rest = divmod(self._reads, LOWER_SHARE_EVERY // (LANES - 1))
+        return 1 + turn % (LANES - 1) if rest == 0 else None
+
+    async def _read_exactly(self, count: int, favoured: int | None) -> list[Delivery]:
+        args = (self._group, self.consumer, count, "" if favoured is None else favoured)
+        reply = (await self.link.run((Call(self._take, self._keys.lanes, args),)))[0]
         _check(reply, self.link)
-        return [delivery for lane, entries in reply for delivery in self._deliveries(lane, entries)]
+        try:
+            return [delivery for lane, entries in reply for delivery in self._deliveries(lane, entries)]
+        except _SHAPELESS as error:
+            raise _foreign(error, self.link) from error
 
     async def _read_split(self, count: int) -> list[Delivery]:
         """Most of ``count`` from the busy lane, a probe of each lane above it."""
@@ -105,7 +120,7 @@ class StreamReader:
         await self._identify()
         self._blocked = True
         try:
-            timeout = block_ms / 1000 + BLOCK_MARGIN
+            timeout = block_ms / 1000 + min(BLOCK_MARGIN, self.link.manager.timeout)
             found = self._collect(await self.link.send(pack((command,)), 1, timeout, shared=False))
         finally:
             self._blocked = False
@@ -124,9 +139,12 @@ class StreamReader:
         found: dict[int, list[Delivery]] = {}
         for reply in replies:
             _check(reply, self.link)
-            for key, entries in reply or ():
-                lane = self._by_key[key]
-                found[lane] = self._deliveries(lane, entries)
+            try:
+                for key, entries in reply or ():
+                    lane = self._by_key[key]
+                    found[lane] = self._deliveries(lane, entries)
+            except _SHAPELESS as error:
+                raise _foreign(error, self.link) from error
         return found
 
     def _deliveries(self, lane: int, entries: list[Any]) -> list[Delivery]:
@@ -146,6 +164,11 @@ class StreamReader:
         """Make a read of this consumer that blocks return now, through another connection. Best effort."""
         if self._blocked and self._client_id is not None:
             await commands.send(pack((("CLIENT", "UNBLOCK", self._client_id),)), 1)
+
+
+def _foreign(error: Exception, link: Link) -> StoreError:
+    """What a server answers that is not the Redis we know; what it delivered comes back after its lease."""
+    return StoreError(f"{link.manager.address.safe} answered a read with what is no reply to it: {error!r}")
 
 
 def _check(reply: Any, link: Link) -> None:

@@ -4,13 +4,20 @@
 -- KEYS: 1-4 lane streams | 5 delayed zset | 6 bodies hash | 7 counters | 8 consumers zset | 9 cancel marks zset
 -- ARGV: 1 most to move | 2 consumer ("": none) | 3 score of the newest cancel mark known, ms
 -- Returns: {moved, milliseconds until the next task is due (-1: none), Redis clock ms, {task id, score, …} of the marks
---          that are not older than ARGV 3}
+--          that are not older than ARGV 3, number lost: due tasks whose bodies somebody has deleted}
 -- Complexity: O(moved log delayed + marks returned)
 local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
-if ARGV[2] ~= '' then redis.call('ZADD', KEYS[8], now, ARGV[2]) end
 local due = redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', now, 'LIMIT', 0, ARGV[1])
-local moved = 0
+-- What follows the first write must not fail for the type of a key, so these fail here.
+redis.call('ZCARD', KEYS[9])
+if #due > 0 then
+  for lane = 1, 4 do redis.call('XLEN', KEYS[lane]) end
+  redis.call('HLEN', KEYS[6])
+  redis.call('HLEN', KEYS[7])
+end
+if ARGV[2] ~= '' then redis.call('ZADD', KEYS[8], now, ARGV[2]) end
+local moved, lost = 0, 0
 for i = 1, #due do
   local member = due[i]
   local packed = redis.call('HGET', KEYS[6], member)
@@ -24,6 +31,7 @@ for i = 1, #due do
     moved = moved + 1
   else
     redis.call('HINCRBY', KEYS[7], 'lost', 1)
+    lost = lost + 1
   end
   redis.call('ZREM', KEYS[5], member)
   redis.call('HDEL', KEYS[6], member)
@@ -31,4 +39,4 @@ end
 local wait = -1
 local next = redis.call('ZRANGE', KEYS[5], 0, 0, 'WITHSCORES')
 if next[2] then wait = math.max(0, next[2] - now) end
-return {moved, wait, now, redis.call('ZRANGEBYSCORE', KEYS[9], ARGV[3], '+inf', 'WITHSCORES')}
+return {moved, wait, now, redis.call('ZRANGEBYSCORE', KEYS[9], ARGV[3], '+inf', 'WITHSCORES'), lost}
