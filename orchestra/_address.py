@@ -79,6 +79,7 @@ _COMMON: dict[str, Callable[[str, str], Any]] = {
     "socket_connect_timeout": _seconds,
     "client_name": _client_name,
     "max_connections": _whole(1, 100_000),
+    "production": _switch,
 }
 _TLS: dict[str, Callable[[str, str], Any]] = {
     "ssl_ca_certs": _text,

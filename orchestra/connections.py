@@ -15,7 +15,6 @@ import os
 import ssl
 import time
 import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import redis
@@ -28,7 +27,9 @@ from redis.exceptions import NoPermissionError
 from redis.retry import Retry as SyncRetry
 
 from orchestra._address import Address, default_address, parse_address
+from orchestra._redis_connections import SentinelConnection, TcpConnection, TlsConnection, UnixConnection
 from orchestra._redis_errors import ReplyError, reply_code, reply_error
+from orchestra._server_settings import INFO_SECTIONS, ServerInfo, judge, production_by_environment, version_of
 from orchestra._shared import Connectable, forget, shared
 from orchestra._wire import Endpoint, Wire
 from orchestra.embedded import EmbeddedServer
@@ -95,24 +96,14 @@ def store_errors(address: str = "Redis", doing: str = "") -> Iterator[None]:
 # The manager
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerInfo:
-    """What a server says about itself. None means that this user may not ask."""
-
-    kind: str = "redis"
-    version: tuple[int, ...] = ()
-    run_id: str | None = None
-    role: str | None = None
-    maxmemory_policy: str | None = None
-    aof_enabled: bool | None = None
-
-
 class ConnectionManager(Connectable):
     """Connections to the Redis at ``url`` (default: :func:`default_address`), for one event loop.
 
     ``max_connections``: of the redis-py pool, 1 to 100,000; a caller beyond it waits up to ``timeout``. ``timeout``:
     seconds a reply may take. ``connect_timeout``: seconds to connect. ``client_name``: shown by CLIENT LIST, followed
-    by ``:role``. The options of an address (``socket_timeout``, ``socket_connect_timeout``, …) go before these.
+    by ``:role``. ``production``: refuse a server that may lose tasks by its settings (it evicts, keeps no append-only
+    file, or is a replica); by default as ``ORCHESTRA_PRODUCTION`` says, else such a server is warned about. The options
+    of an address (``socket_timeout``, ``socket_connect_timeout``, ``production``, …) go before these.
 
     Usable at once; whatever needs the server connects first. ``await manager``, :meth:`connect` and ``async with``
     do so explicitly. After :meth:`close` it may be connected again.
@@ -129,6 +120,7 @@ class ConnectionManager(Connectable):
         timeout: float = 10.0,
         connect_timeout: float = 5.0,
         client_name: str = "orchestra",
+        production: bool | None = None,
     ) -> None:
         self.address = url if isinstance(url, Address) else parse_address(url) if url else default_address()
         _require_redis(self.address)
@@ -137,6 +129,8 @@ class ConnectionManager(Connectable):
         self.timeout: float = get("socket_timeout", timeout)
         self.connect_timeout: float = get("socket_connect_timeout", connect_timeout)
         self.client_name: str = get("client_name", client_name)
+        asked: bool | None = get("production", production)
+        self.production = production_by_environment() if asked is None else asked
         require_int("max_connections", self.max_connections, 1, 100_000)
         require_number("timeout", self.timeout, 0.0, 3600.0, unit="seconds", exclusive=True)
         require_number("connect_timeout", self.connect_timeout, 0.0, 3600.0, unit="seconds", exclusive=True)
@@ -144,6 +138,7 @@ class ConnectionManager(Connectable):
         self._server = EmbeddedServer(self.address.path or None) if self.address.scheme == "embedded" else None
         self._client: Any = None
         self._sentinel: Any = None
+        self._ended: list[Any] = []  # redis-py clients that are still to be closed
         self._named = True
         self._lock = asyncio.Lock()
         self._wires: weakref.WeakSet[Wire] = weakref.WeakSet()
@@ -163,15 +158,21 @@ class ConnectionManager(Connectable):
         return self._server
 
     async def connect(self) -> Self:
-        """Start or join the embedded server if the address says so, then PING. Idempotent; one round trip.
+        """Start or join the embedded server if the address says so, then PING and INFO. Idempotent; two round trips.
 
-        Raises: StoreUnavailableError, StoreAuthError, EmbeddedServerError.
+        Raises: StoreUnavailableError, StoreAuthError, EmbeddedServerError; UnsafeServerError in production mode.
         """
         async with self._lock:
             if self._client is None:
                 if self._server is not None:
                     await self._server.start(timeout=max(30.0, self.connect_timeout))
-                self._client = await self._greet()
+                client = await self._greet()
+                try:
+                    await self._inspect(client)
+                except BaseException:
+                    await self._release(client)
+                    raise
+                self._client = client
                 self._known.clear()
         return self
 
@@ -187,8 +188,28 @@ class ConnectionManager(Connectable):
                 await client.aclose()
                 return await self._greet()
             await self._release(client)
+            if isinstance(exc, StoreUnavailableError):
+                await self._say_why(exc)
             raise
         return client
+
+    async def _say_why(self, error: StoreUnavailableError) -> None:
+        """Raise the reason of a server that hung up at once (``maxclients``): a wire reads it, redis-py may not."""
+        cause = error.__cause__
+        if self._sentinel is None and isinstance(cause, redis.ConnectionError) and " connecting to " not in str(cause):
+            endpoint = await self._endpoint("hello")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    (await Wire.connect(endpoint, connect_timeout=self.connect_timeout)).close()
+
+    async def _inspect(self, client: Any) -> None:
+        """Refuse, or warn about, settings that may cost tasks. The embedded server's are orchestra's own."""
+        if self._server is not None:
+            return
+        info = None
+        with store_errors(self.address.safe, "INFO"), contextlib.suppress(NoPermissionError):
+            info = await client.info(*INFO_SECTIONS)
+        judge(info, self.address.safe, production=self.production, sentinel=self._sentinel is not None)
 
     async def _connect(self) -> None:
         await self.connect()
@@ -201,17 +222,19 @@ class ConnectionManager(Connectable):
             await self._release(client)
 
     async def _release(self, client: Any) -> None:
+        """Close everything; what a cancellation leaves open is closed by the next call."""
+        self._ended += [client] if client is not None else []
+        sentinel, self._sentinel = self._sentinel, None
+        self._ended += sentinel.sentinels if sentinel is not None else []
         for wire in list(self._wires):
             await wire.aclose()
         for sync in list(self._sync):
             sync.close()
         self._sync.clear()
-        sentinel, self._sentinel = self._sentinel, None
-        with contextlib.suppress(redis.RedisError, OSError):  # what is closed need not be reachable
-            if client is not None:
-                await client.aclose()
-            for watcher in sentinel.sentinels if sentinel is not None else ():
-                await watcher.aclose()
+        while self._ended:
+            with contextlib.suppress(redis.RedisError, OSError):  # what is closed need not be reachable
+                await self._ended[-1].aclose()
+            self._ended.pop()
         if self._server is not None:
             await self._server.stop()
 
@@ -258,20 +281,25 @@ class ConnectionManager(Connectable):
         self._wires.add(wire)
         return wire
 
-    def sync_client(self) -> redis.Redis:
+    def sync_client(self, timeout: float | None = None) -> redis.Redis:
         """A new blocking ``redis.Redis`` with a pool of its own, for use in threads; same settings as :attr:`client`.
 
-        The caller may close it; :meth:`close` does so otherwise. Connects when first used.
+        The caller may close it; :meth:`close` does so otherwise. Connects when first used. ``timeout``: seconds that
+        connecting and each reply may take, where they must be shorter than those of the manager.
         Raises: StoreUnavailableError while an embedded server is not joined.
         """
         if self._server is not None and not self._server.started:
             raise StoreUnavailableError(f"not connected to {self.address.safe} yet: `await manager.connect()` first")
-        settings = self._settings(SyncRetry(NoBackoff(), 0))
-        address = self.address
+        settings, address = self._settings(SyncRetry(NoBackoff(), 0)), self.address
+        watching = self._sentinel_settings(settings["retry"])
+        if timeout is not None:
+            settings["socket_timeout"] = min(timeout, self.timeout)
+            settings["socket_connect_timeout"] = min(timeout, self.connect_timeout)
+            watching["socket_timeout"] = watching["socket_connect_timeout"] = settings["socket_connect_timeout"]
         client: redis.Redis
         if address.scheme == "redis+sentinel":
             sentinel: Any = redis.sentinel.Sentinel  # untyped in redis-py
-            watchers = sentinel(address.hosts, sentinel_kwargs=self._sentinel_settings(settings["retry"]), **settings)
+            watchers = sentinel(address.hosts, sentinel_kwargs=watching, **settings)
             client = watchers.master_for(address.service)
         elif self._socket_path is not None:
             client = redis.Redis(unix_socket_path=self._socket_path, **settings)
@@ -296,19 +324,10 @@ class ConnectionManager(Connectable):
         await self.connect()
         with store_errors(self.address.safe, "INFO"):
             try:
-                said = await self.client.info("server", "replication", "memory", "persistence")
+                said = await self.client.info(*INFO_SECTIONS)
             except NoPermissionError:
                 return await self._hello()
-        valkey = said.get("valkey_version")
-        aof = said.get("aof_enabled")
-        return ServerInfo(
-            kind="valkey" if valkey else "redis",
-            version=_version(valkey or said.get("redis_version", "")),
-            run_id=said.get("run_id"),
-            role=said.get("role"),
-            maxmemory_policy=said.get("maxmemory_policy"),
-            aof_enabled=None if aof is None else bool(aof),
-        )
+        return ServerInfo.of(said)
 
     async def _hello(self) -> ServerInfo:
         """HELLO without arguments changes nothing and needs no permission beyond @connection."""
@@ -322,7 +341,7 @@ class ConnectionManager(Connectable):
         said = {bytes(k).decode(): v for k, v in zip(flat[::2], flat[1::2], strict=False)}
         text = {k: v.decode() for k, v in said.items() if isinstance(v, bytes)}
         return ServerInfo(
-            kind=text.get("server", "redis"), version=_version(text.get("version", "")), role=text.get("role")
+            kind=text.get("server", "redis"), version=version_of(text.get("version", "")), role=text.get("role")
         )
 
     async def supports(self, *commands: str) -> bool:
@@ -386,13 +405,17 @@ class ConnectionManager(Connectable):
             extra = self._sentinel_settings(settings["retry"])
             sentinel: Any = AsyncSentinel  # untyped in redis-py
             self._sentinel = sentinel(address.hosts, sentinel_kwargs=extra, **settings)
-            return self._sentinel.master_for(address.service, max_connections=self.max_connections)
-        kind: type[aredis.Connection | aredis.UnixDomainSocketConnection]
+            for watcher in self._sentinel.sentinels:
+                watcher.connection_pool.connection_class = TcpConnection
+            return self._sentinel.master_for(
+                address.service, max_connections=self.max_connections, connection_class=SentinelConnection
+            )
+        kind: type[TcpConnection | TlsConnection | UnixConnection]
         if self._socket_path is not None:
-            kind = aredis.UnixDomainSocketConnection
+            kind = UnixConnection
             settings["path"] = self._socket_path
         else:
-            kind = aredis.Connection if self._tls is None else aredis.SSLConnection
+            kind = TcpConnection if self._tls is None else TlsConnection
             settings["host"], settings["port"] = address.hosts[0]
         pool = aredis.BlockingConnectionPool(
             connection_class=kind, max_connections=self.max_connections, timeout=self.timeout, **settings
@@ -447,10 +470,6 @@ def _tls_context(address: Address) -> ssl.SSLContext:
     context.check_hostname = level == "required" and get("ssl_check_hostname", True)
     context.verify_mode = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}[level]
     return context
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
 def get_connection_manager(url: str | None = None) -> ConnectionManager:

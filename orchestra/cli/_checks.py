@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
+from orchestra._server_settings import faults
+
 Level: TypeAlias = Literal["ok", "note", "warning", "problem"]
 Version: TypeAlias = tuple[int, ...]
 
@@ -64,6 +66,9 @@ MINIMUM: Final[dict[str, Version]] = {"redis": (7, 0), "valkey": (8, 0)}
 SLOW_PING = 0.005
 CLOCK_SKEW = 1.0
 FULL = 0.8
+AHEAD = 3600.0
+"""Seconds that a stream's last id may be ahead of the server's clock."""
+_LAST_ID = 2**64 - 1
 
 
 def check_version(kind: str, version: Version) -> list[Finding]:
@@ -103,14 +108,36 @@ def _dotted(version: Version) -> str:
     return ".".join(map(str, version))
 
 
-def check_eviction(policy: str | None) -> Finding:
-    """Any policy but ``noeviction`` may delete queues."""
-    if policy is None:
-        return Finding("note", "eviction", "unknown", "this user may not read it; it must be noeviction")
-    if policy == "noeviction":
-        return Finding("ok", "eviction", policy)
-    advice = "Redis may delete whole queues when memory is short: CONFIG SET maxmemory-policy noeviction"
-    return Finding("problem", "eviction", policy, advice)
+def check_settings(info: Mapping[str, Any], *, sentinel: bool) -> list[Finding]:
+    """Settings that may cost tasks, in the words of production mode; the append-only file is persistence's."""
+    findings = []
+    for fault in faults(info, sentinel=sentinel):
+        if fault.setting == "appendonly":
+            continue
+        advice = f"{fault.change}{'; production mode refuses it' if fault.refused else ''}"
+        findings.append(Finding("problem" if fault.refused else "warning", fault.setting, fault.value, advice))
+    if "maxmemory_policy" not in info:
+        findings.append(
+            Finding("note", "maxmemory-policy", "unknown", "this user may not read it: noeviction is needed")
+        )
+    elif info["maxmemory_policy"] == "noeviction":
+        findings.append(Finding("ok", "maxmemory-policy", "noeviction"))
+    return findings
+
+
+def check_stream_id(queue: str, lane: int, last_id: str, now: float) -> Finding | None:
+    """A lane whose last entry id lies ahead of the server's clock (``now``, unix seconds), or is the last there is."""
+    ms, _, seq = last_id.partition("-")
+    what = f"stream ids of {queue}"
+    if (int(ms), int(seq)) >= (_LAST_ID, _LAST_ID):
+        advice = "nothing can be added to it any more: drain the queue, then DEL this stream"
+        return Finding("problem", what, f"lane {lane} has used up its ids", advice)
+    ahead = int(ms) / 1000 - now
+    if ahead <= AHEAD:
+        return None
+    shown = f"{ahead / 3600:.1f} h" if ahead < 48 * 3600 else f"{ahead / 86_400:.0f} days"
+    advice = "the clock was set back, or somebody added an entry by hand: ages of tasks are wrong until it is past"
+    return Finding("warning", what, f"lane {lane} is {shown} ahead of the server's clock", advice)
 
 
 def check_persistence(info: Mapping[str, Any]) -> list[Finding]:
@@ -126,10 +153,12 @@ def check_persistence(info: Mapping[str, Any]) -> list[Finding]:
         )
         findings.append(Finding("ok", "persistence", f"append-only file, fsync {fsync}", f"in a crash {lost}"))
     elif snapshots:
-        advice = "a crash loses what came since the last snapshot: CONFIG SET appendonly yes"
+        advice = (
+            "a crash loses what came since the last snapshot (production mode refuses it): CONFIG SET appendonly yes"
+        )
         findings.append(Finding("warning", "persistence", "snapshots only", advice))
     else:
-        advice = "a restart of the server loses every task: CONFIG SET appendonly yes"
+        advice = "a restart of the server loses every task (production mode refuses it): CONFIG SET appendonly yes"
         findings.append(Finding("warning", "persistence", "none", advice))
     for name, what in (("aof_last_write_status", "append-only file"), ("rdb_last_bgsave_status", "last snapshot")):
         if info.get(name, "ok") != "ok":

