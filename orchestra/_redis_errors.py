@@ -72,6 +72,8 @@ def _own_code(exc: BaseException) -> str:
         return ""
     if "max number of clients" in text:
         return "MAXCLIENTS"
+    if "ACL failure in script" in text or "user executing the script can't" in text:  # since 7.2, and before
+        return "NOPERM"
     word = text.split(" ", 1)[0]
     return word if word.isascii() and word.isalpha() and word.isupper() and len(word) > 1 else ""
 

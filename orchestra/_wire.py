@@ -5,13 +5,16 @@ owner does that, with backoff), pub/sub, RESP3 pushes, and the meaning of a comm
 Invariant: every command written has exactly one slot for its reply, and a slot is never abandoned while the connection
 lives. A timeout, a cancelled waiter, a protocol error or an unasked-for reply closes the connection and fails
 everything that is pending, so no reply can reach a caller that did not ask for it (CVE-2023-28858, CVE-2023-28859 in
-redis-py were exactly that).
+redis-py were exactly that). What RESP2 does not have (pushes, maps, sets, doubles, booleans) is a protocol error: it
+means that bytes were damaged or that this is not the connection we opened.
+A length that lies costs address space at most: a string is stored as it arrives, a list is filled as it arrives.
 There is one future for a batch, not for a reply, and one timer for a connection, not for a call.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import weakref
@@ -23,9 +26,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import hiredis
 
 from orchestra._redis_errors import ReplyError, reply_code, reply_error
-from orchestra.errors import ConfigurationError, StoreAuthError, StoreError, StoreUnavailableError
+from orchestra.errors import (
+    ConfigurationError,
+    ForkedProcessError,
+    StoreAuthError,
+    StoreError,
+    StoreUnavailableError,
+)
 
-__all__ = ["Command", "Endpoint", "ReplyError", "Wire", "pack", "reply_code", "reply_error"]
+__all__ = ["Command", "Endpoint", "ReplyError", "Wire", "forks", "pack", "reply_code", "reply_error"]
 
 if TYPE_CHECKING:
     import ssl
@@ -42,6 +51,7 @@ _READ_SIZE = 256 * 1024  # a reply to XREADGROUP COUNT 500 fits
 _UNIX_SOCKET_BUFFER = 1 << 20  # the default of 208 KiB splits a batch of 500 into several wake-ups
 _WRITE_HIGH = 1 << 20
 _GRACE = 0.05  # s; see Wire._sweep
+_FOREIGN = frozenset({hiredis.PushNotification, dict, float, bool})  # hiredis makes them of RESP3 only
 
 
 def pack(commands: Iterable[Command]) -> bytes:
@@ -168,7 +178,8 @@ class Wire(asyncio.BufferedProtocol):
         connection. Writes without regard to :attr:`writable`. A batch does not time out before those ahead of it,
         because their replies come first.
 
-        Raises: StoreUnavailableError when closed; ValueError for a ``count`` below 1. Cost: about 1.5 µs and a write.
+        Raises: StoreUnavailableError when closed (ForkedProcessError in a child of the process that opened it);
+        ValueError for a ``count`` below 1. Cost: about 1.5 µs and a write.
         """
         transport = self._transport
         if self._reason is not None or transport is None:
@@ -279,14 +290,22 @@ class Wire(asyncio.BufferedProtocol):
                 got.extend(islice(replies, batch.count - len(got)))
                 if len(got) < batch.count:
                     return
+                if not _FOREIGN.isdisjoint(map(type, got)):
+                    self._abort("it does not speak Redis's protocol: RESP3 on a RESP2 connection")
+                    return
+                if len(pending) == 1:
+                    break  # who sends too much may have sent this one wrongly: look first
                 pending.popleft()
                 batch.set_result(got)
             stray = reader.gets()
-        except hiredis.ProtocolError as exc:
-            self._abort(f"it does not speak Redis's protocol: {exc}")
+        except (hiredis.ProtocolError, MemoryError, TypeError) as exc:  # 2^32 elements do not fit, nor a list as a key
+            self._abort(f"it does not speak Redis's protocol: {exc or 'a list of absurd length'}")
             return
         if stray is not _MORE:
             self._abort(f"it sent a reply nobody asked for: {stray!r}"[:200])
+        elif pending:
+            batch = pending.popleft()
+            batch.set_result(batch.replies)
 
     def eof_received(self) -> bool:
         """Part of asyncio's protocol interface."""
@@ -295,9 +314,20 @@ class Wire(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Part of asyncio's protocol interface."""
-        self._abort(f"the connection broke: {exc}" if exc else "it closed the connection")
+        words = self._last_words() if isinstance(exc, ConnectionError) else ""
+        self._abort(words or (f"the connection broke: {exc}" if exc else "it closed the connection"))
         self._lost.set()
         _open_wires.discard(self)
+
+    def _last_words(self) -> str:
+        """What a server said before it hung up, where writing failed first: its reason (``maxclients``) lies unread."""
+        if self._transport is None or self.endpoint.tls is not None or self._reason is not None:
+            return ""
+        with contextlib.suppress(OSError):
+            said = os.read(self._transport.get_extra_info("socket").fileno(), 200)
+            if said.startswith(b"-ERR "):
+                return f"it hung up, saying {said[1:].splitlines()[0].decode('utf-8', 'replace')!r}"
+        return ""
 
     def pause_writing(self) -> None:
         """Part of asyncio's protocol interface."""
@@ -336,6 +366,11 @@ class Wire(asyncio.BufferedProtocol):
             self._abort("no reply came before the deadline")
 
     def _gone(self) -> StoreUnavailableError:
+        if self._reason is _FORKED:
+            return ForkedProcessError(
+                f"this connection to {self.endpoint.label} belongs to the parent process, which uses it: make the "
+                "queue and its connections in the process that uses them"
+            )
         return StoreUnavailableError(
             f"connection to {self.endpoint.label} is closed: {self._reason or 'never opened'}. "
             "What was sent may have been executed; open a new connection and repeat what may be repeated"
@@ -418,14 +453,27 @@ async def _attach(wire: Wire, endpoint: Endpoint) -> None:
         raise
 
 
+_FORKED = "the process was forked; connections stay with the parent"
 _open_wires: weakref.WeakSet[Wire] = weakref.WeakSet()
+_left: list[Wire] = []  # kept for ever: their destructors would act on the parent's event loop
+_forks = 0
+
+
+def forks() -> int:
+    """How many forks lie between the process that imported this and the present one: a cheap stand-in for its pid."""
+    return _forks
 
 
 def _forget_in_child() -> None:
     """A forked child must not write to its parent's sockets, nor touch the epoll set it shares with it."""
+    global _forks  # noqa: PLW0603 - one number a process
+    _forks += 1
     for wire in list(_open_wires):
-        wire._reason = "the process was forked; connections stay with the parent"
+        wire._reason = _FORKED
         wire._pending.clear()
+        wire._timer = None
+        wire._lost.set()
+        _left.append(wire)
     _open_wires.clear()
 
 

@@ -4,6 +4,7 @@
 
     OrchestraError                      code = "error"
     ├── ConfigurationError              a setting is wrong: field, unit, value, range        (also ValueError)
+    │   └── UnsafeServerError           … of the server, which production mode refuses; ``faults``
     ├── InvalidTaskError                a task cannot be sent as it is                       (also ValueError)
     │   ├── InvalidTaskTypeError        … because a value has the wrong type                 (also TypeError)
     │   └── TaskTooLargeError           … because it exceeds the size limit
@@ -11,8 +12,11 @@
     ├── MissingDependencyError          an extra is not installed                            (also ImportError)
     ├── StoreError                      Redis could not do it
     │   ├── StoreUnavailableError       unreachable, timed out, still loading                (also ConnectionError)
+    │   │   └── ForkedProcessError      … because a child process uses its parent's connection
     │   ├── StoreAuthError              wrong password, missing permission                   (also PermissionError)
-    │   ├── StoreFullError              maxmemory reached
+    │   ├── StoreFullError              maxmemory reached; ``retry_after``
+    │   ├── StreamExhaustedError        a lane's stream has used up its ids
+    │   ├── DurabilityError             added, but not as safe as asked for; ``message_ids``
     │   └── EmbeddedServerError         the private redis-server did not start
     ├── QueueFullError                  the queue's length limit is reached; ``retry_after``
     ├── BackpressureRejectedError       a rate limit refused; ``retry_after``
@@ -23,6 +27,7 @@
     ├── TaskFailedError                 a run ended dead; ``.error_type`` ``.attempts``
     ├── TaskCancelledError              a run was cancelled
     ├── ResultUnavailableError          the result was not kept, or has expired
+    ├── WrongLoopError                  used from another event loop than its own            (also RuntimeError)
     ├── WorkflowError                   a plan or a transition that the engine refuses
     └── InternalError                   a broken invariant: please report it
 
@@ -58,6 +63,22 @@ class ConfigurationError(OrchestraError, ValueError):
         super().__init__(message)
         self.field = field
         self.value = value
+
+
+class UnsafeServerError(ConfigurationError):
+    """Production mode refuses a server that may lose tasks by its settings.
+
+    ``field``, ``value`` and ``expected`` are those of the first fault; ``faults`` says all of them, as text.
+    """
+
+    code = "unsafe_server"
+
+    def __init__(
+        self, message: str, *, field: str = "", value: Any = None, expected: str = "", faults: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message, field=field, value=value)
+        self.expected = expected
+        self.faults = faults
 
 
 class InvalidTaskError(OrchestraError, ValueError):
@@ -115,6 +136,12 @@ class StoreUnavailableError(StoreError, ConnectionError):
     code = "store_unavailable"
 
 
+class ForkedProcessError(StoreUnavailableError):
+    """A forked child used a connection of its parent. Nothing was sent, and the parent's connection is untouched."""
+
+    code = "forked_process"
+
+
 class StoreAuthError(StoreError, PermissionError):
     """Redis refused the user, the password or a command's permission."""
 
@@ -122,9 +149,43 @@ class StoreAuthError(StoreError, PermissionError):
 
 
 class StoreFullError(StoreError):
-    """Redis has reached ``maxmemory``; nothing was written."""
+    """Redis has reached ``maxmemory``; nothing was written. Try again in ``retry_after`` seconds."""
 
     code = "store_full"
+    retry_after = 1.0
+
+
+class StreamExhaustedError(StoreError):
+    """A stream's last id is the highest there is, so nothing can be added to it any more; nothing was written."""
+
+    code = "stream_exhausted"
+
+
+class DurabilityError(StoreError):
+    """Tasks were added, but were not as safe as asked for in time: ``reached`` of ``wanted`` copies.
+
+    They may run. ``message_ids`` are those of all tasks of the call, in order; sending them again with the same ids
+    adds nothing twice, and waits for their safety again. ``why``: the server's words, where it refused to wait.
+    """
+
+    code = "durability"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        wanted: int = 0,
+        reached: int = 0,
+        message_ids: tuple[str, ...] = (),
+        mode: str = "",
+        why: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.wanted = wanted
+        self.reached = reached
+        self.message_ids = message_ids
+        self.mode = mode
+        self.why = why
 
 
 class EmbeddedServerError(StoreError):
@@ -213,6 +274,12 @@ class ResultUnavailableError(OrchestraError):
     """The run's result was not asked for when it was sent, or its time to live has passed."""
 
     code = "result_unavailable"
+
+
+class WrongLoopError(OrchestraError, RuntimeError):
+    """An object that belongs to one event loop was used from another, or from another thread. Nothing was done."""
+
+    code = "wrong_loop"
 
 
 class WorkflowError(OrchestraError):

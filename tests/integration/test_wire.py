@@ -273,9 +273,22 @@ async def test_unasked_for_replies_close_the_connection():
         await reader.read(100)
 
     async with fake_server(answer) as endpoint, open_wire(endpoint) as wire:
-        assert await wire.call("PING") == b"ONE"
+        with pytest.raises(StoreUnavailableError, match="nobody asked for"):
+            await wire.call("PING")
         assert wire.closed
-        assert "nobody asked for" in repr(wire)
+
+
+async def test_an_unasked_for_reply_spares_the_batches_before_the_last():
+    async def answer(reader, writer):
+        await reader.read(100)
+        writer.write(b"+ONE\r\n+TWO\r\n+THREE\r\n")
+        await reader.read(100)
+
+    async with fake_server(answer) as endpoint, open_wire(endpoint) as wire:
+        first, second = wire.send_nowait(pack([("PING",)]), 1), wire.send_nowait(pack([("PING",)]), 1)
+        assert await first == [b"ONE"]
+        with pytest.raises(StoreUnavailableError, match="nobody asked for"):
+            await second
 
 
 @pytest.mark.parametrize("garbage", [b"HTTP/1.1 400 Bad\r\n\r\n", b"*1\r\n$-9\r\n", b"$x\r\n", b"\x00\x01\x02\r\n"])

@@ -25,8 +25,12 @@ CODES = {
     "MissingDependencyError": "missing_dependency",
     "StoreError": "store",
     "StoreUnavailableError": "store_unavailable",
+    "ForkedProcessError": "forked_process",
     "StoreAuthError": "store_auth",
     "StoreFullError": "store_full",
+    "StreamExhaustedError": "stream_exhausted",
+    "DurabilityError": "durability",
+    "UnsafeServerError": "unsafe_server",
     "EmbeddedServerError": "embedded_server",
     "QueueFullError": "queue_full",
     "BackpressureRejectedError": "backpressure_rejected",
@@ -38,6 +42,7 @@ CODES = {
     "TaskCancelledError": "task_cancelled",
     "ResultUnavailableError": "result_unavailable",
     "WorkflowError": "workflow",
+    "WrongLoopError": "wrong_loop",
     "InternalError": "internal",
     "RetryLater": "retry_later",
     "Throttled": "throttled",
@@ -53,6 +58,7 @@ BUILTINS = {
     "StoreUnavailableError": ConnectionError,
     "StoreAuthError": PermissionError,
     "UnknownAgentError": LookupError,
+    "WrongLoopError": RuntimeError,
 }
 
 
