@@ -10,13 +10,10 @@ import enum
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from orchestra.errors import ConfigurationError
 from orchestra.tasks import require_int, require_number
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 URGENCIES = 4
 """Priorities 0 (and below), 1, 2, 3 (and above) each have a share of the reserve."""
@@ -79,6 +76,8 @@ class BackpressureConfig:
     ``fail_open``: admit when Redis cannot be asked; by default the request raises instead.
     ``priority_reserve``: share of the burst, 0 to 0.9, kept for urgent requests: priority 0 and below must leave all
     of it, 1 two thirds, 2 one third, 3 and above nothing.
+    ``lease``: permits that a limiter takes in one call and spends without asking, 0 (none) to the burst; counted when
+    they are taken. ``lease_ttl``: seconds in which they are spent, else given back as far as that is safe, 0.001 to 10.
     """
 
     rate_limit: RateLimitConfig = field(default_factory=lambda: RateLimitConfig(rate=1000.0, burst=1000))
@@ -86,6 +85,8 @@ class BackpressureConfig:
     max_wait: float | None = None
     fail_open: bool = False
     priority_reserve: float = 0.0
+    lease: int = 0
+    lease_ttl: float = 1.0
     tolerances_us: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """Per urgency, the microseconds of burst that it may use up."""
 
@@ -100,14 +101,17 @@ class BackpressureConfig:
                 )
         if self.max_wait is not None:
             require_number("BackpressureConfig.max_wait", self.max_wait, 0.0, 86_400.0, unit="seconds")
-        require_number("BackpressureConfig.priority_reserve", self.priority_reserve, 0.0, 0.9)
-        usable = (self.rate_limit.burst - self._reserve(urgency) for urgency in range(URGENCIES))
+        require_number("BackpressureConfig.priority_reserve", self.priority_reserve, 0.0, 0.9, unit="of the burst")
+        require_int("BackpressureConfig.lease", self.lease, 0, self.rate_limit.burst, unit="permits")
+        require_number("BackpressureConfig.lease_ttl", self.lease_ttl, 0.001, 10.0, unit="seconds")
+        burst = self.rate_limit.burst
+        usable = (burst - self.reserve(urgency, burst) for urgency in range(URGENCIES))
         object.__setattr__(self, "tolerances_us", tuple(permits * self.rate_limit.emission_us for permits in usable))
 
-    def _reserve(self, urgency: int) -> int:
-        """Permits that a request of ``urgency`` must leave untouched; at least one is left to use."""
+    def reserve(self, urgency: int, burst: int) -> int:
+        """Permits of ``burst`` that a request of ``urgency`` must leave untouched; at least one is left to use."""
         share = self.priority_reserve * (URGENCIES - 1 - urgency) / (URGENCIES - 1)
-        return min(int(share * self.rate_limit.burst), self.rate_limit.burst - 1)
+        return min(int(share * burst), burst - 1)
 
     def weigh(self, priority: int, cost: int) -> tuple[int, int]:
         """The urgency of ``priority``, 0 to 3, and the microseconds of burst that it may use up.
@@ -115,6 +119,13 @@ class BackpressureConfig:
         Raises:
             ConfigurationError: ``priority`` is not an int, or ``cost`` not a number of permits that could ever be admitted.
         """
+        if type(priority) is int and type(cost) is int and cost >= 1:
+            urgency = 0 if priority <= 0 else min(priority, URGENCIES - 1)
+            if cost * self.rate_limit.emission_us <= self.tolerances_us[urgency]:
+                return urgency, self.tolerances_us[urgency]
+        return self._weigh_bad(priority, cost)
+
+    def _weigh_bad(self, priority: int, cost: int) -> tuple[int, int]:
         if type(priority) is not int:
             raise ConfigurationError(
                 f"priority must be a plain int (larger is more urgent, unlike TaskPriority), got {priority!r}",
@@ -136,13 +147,16 @@ class BackpressureConfig:
 class Admission(NamedTuple):
     """The answer to one request.
 
-    ``retry_after``: seconds until it would be admitted if nobody else asked, 0.0 when allowed. ``remaining``: whole
-    permits left by the last answer of Redis.
+    ``retry_after``: seconds until it would be admitted if nobody else asked (in the shared line: until its turn), 0.0 when
+    allowed. ``remaining``: whole permits left by the last answer of Redis; of several limits, the least. ``limiter``
+    and ``key``: which limit refused.
     """
 
     allowed: bool
     retry_after: float
     remaining: int
+    limiter: str = ""
+    key: str | None = None
 
 
 @dataclass(slots=True)
@@ -164,9 +178,45 @@ class FlowControlMetrics:
     """Round trips."""
 
 
-class Verdict(NamedTuple):
-    """What a limit's store answered: its clock, the theoretical arrival time, and per request 0 or the time to wait."""
+class Setting(NamedTuple):
+    """A limit as it is in force: by its limiter's configuration (version ``"0"``), or as it was set at run time."""
 
-    now_us: int
-    tat_us: int
-    waits_us: Sequence[int]
+    version: str
+    emission_us: int
+    burst_us: int
+    tolerances_us: tuple[int, ...]
+    """Per urgency, the microseconds of burst that it may use up."""
+
+    @classmethod
+    def of(cls, config: BackpressureConfig, text: str = "") -> Setting:
+        """What ``text``, the stored ``"version T burst rate period"``, makes of ``config``; ``""`` leaves it as it is."""
+        if not text:
+            limit = config.rate_limit
+            return cls("0", limit.emission_us, limit.burst_us, config.tolerances_us)
+        version, emission, burst = text.split()[:3]
+        emission_us, burst_us = int(emission), int(burst)
+        permits = burst_us // emission_us
+        tolerances = tuple((permits - config.reserve(urgency, permits)) * emission_us for urgency in range(URGENCIES))
+        return cls(version, emission_us, burst_us, tolerances)
+
+
+def require_key(key: object) -> str:
+    """``key`` if it can choose a cell of a limit: a text that is not empty.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if not isinstance(key, str) or not key:
+        raise ConfigurationError(f"key must be a text of 1 or more characters, got {key!r}", field="key", value=key)
+    return key
+
+
+def require_wait(wait: object) -> float:
+    """``wait`` if it is seconds to wait, 0 to a day, or infinite.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if wait != math.inf or isinstance(wait, bool):
+        require_number("wait", wait, 0.0, 86_400.0, unit="seconds")
+    return float(wait)  # type: ignore[arg-type]

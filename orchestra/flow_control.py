@@ -1,37 +1,42 @@
-"""Rate limits that every process on the same Redis shares: GCRA with costs, priorities, refusing or waiting.
+"""Rate limits that every process on the same Redis shares: GCRA with costs, keys, priorities, refusing or waiting.
 
-Owns admission: who may go now, who is refused and for how long, who waits behind whom. Refuses to own what a refusal
-means to a task (the dispatcher's business) and the arithmetic (``lua/gcra.lua`` decides, ``_ext.gcra`` predicts).
+Owns admission: who may go now, who is refused and for how long, under one limit or under several at once. Refuses to own
+what a refusal means to a task (the dispatcher's business), the arithmetic (``lua/gcra.lua`` decides, ``_ext.gcra``
+predicts), how questions travel (:mod:`orchestra._limit_store`) and who waits behind whom (:mod:`orchestra._limit_line`).
 
 The rule (ITU-T I.371, virtual scheduling): over every window of W seconds the admitted cost is at most
-``burst + rate * W / period``, by the clock of Redis. One pump task per limiter asks Redis, one call at a time: what
-arrives within a tick or while a call is under way travels together in the next call, most urgent first.
-One event loop only; not thread-safe. No ``await`` lies between looking at the queue and taking from it.
+``burst + rate * W / period``, by the clock of Redis, for each key of a limit. One event loop only; not thread-safe.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import inspect
-import itertools
 import logging
-from collections import deque
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from orchestra import _keys, _scripts, telemetry
+from orchestra import _keys, telemetry
 from orchestra._clock import SYSTEM_CLOCK, Clock
-from orchestra._ext.gcra import GcraTable, check
+from orchestra._ext.gcra import GcraTable
+from orchestra._limit_joint import acquire_all, try_acquire_all
+from orchestra._limit_line import Line
+from orchestra._limit_request import Request
+from orchestra._limit_settings import LimitStatus, list_limits, reset_limit, set_limit
+from orchestra._limit_store import ORDERED, QUEUE, Answer, LimitStore, Use, address_of, find_store
 from orchestra._limits import (
     Admission,
     BackpressureConfig,
     BackpressureStrategy,
     FlowControlMetrics,
     RateLimitConfig,
-    Verdict,
+    Setting,
+    require_key,
+    require_wait,
 )
+from orchestra._permit_leases import Leases
 from orchestra._shared import Connectable, shared
-from orchestra.connections import default_address, get_connection_manager, map_redis_error, parse_address
 from orchestra.errors import (
     BackpressureRejectedError,
     ConfigurationError,
@@ -39,13 +44,13 @@ from orchestra.errors import (
     StoreFullError,
     StoreUnavailableError,
 )
-from orchestra.tasks import check_ident
+from orchestra.tasks import check_ident, check_name
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable
     from types import TracebackType
 
-    from orchestra.connections import Address, ConnectionManager
+    from orchestra.connections import ConnectionManager
 
 __all__ = [
     "Admission",
@@ -53,101 +58,40 @@ __all__ = [
     "BackpressureRejectedError",
     "BackpressureStrategy",
     "FlowControlMetrics",
+    "LimitStatus",
     "RateLimitConfig",
     "RedisRateLimiter",
+    "acquire_all",
     "get_flow_controller",
+    "list_limits",
+    "reset_limit",
+    "set_limit",
+    "try_acquire_all",
 ]
 
 logger = logging.getLogger("orchestra.flow_control")
 
 R = TypeVar("R")
 
-MAX_BATCH = 512
-"""Requests in one call: bounds how long one script may occupy Redis (about 0.3 ms)."""
-
+KEYS_KNOWN = 4096
+"""Keys of a limiter whose last answer is remembered; the one answered longest ago goes first."""
 _TRUST_S = 1.0
 """How long an answer of Redis is believed: bounds wrong refusals after a failover lost the limit's state."""
-
-
-class _Request:
-    """One ``acquire``. ``wait`` turns False when its ``max_wait`` has passed: the next refusal is final."""
-
-    __slots__ = ("asked", "cost", "future", "in_line", "rank", "tolerance_us", "wait")
-
-    def __init__(self, urgency: int, cost: int, tolerance_us: int, wait: bool, number: int) -> None:
-        self.cost = cost
-        self.tolerance_us = tolerance_us
-        self.wait = wait
-        self.asked = False
-        self.in_line = False
-        self.rank = (-urgency, number)
-        self.future: asyncio.Future[Admission] = asyncio.get_running_loop().create_future()
-
-    def __lt__(self, other: _Request) -> bool:
-        return self.rank < other.rank
-
-
-class _RedisStore:
-    """The limit's state in Redis; one script call is one round trip."""
-
-    def __init__(self, client: Any, name: str) -> None:
-        self._client = client
-        self._keys = (_keys.limiter(name),)
-
-    async def ask(self, limit: RateLimitConfig, batch: Sequence[_Request], ordered: bool) -> Verdict:
-        args = [limit.emission_us, limit.burst_us, int(ordered)]
-        for request in batch:
-            args += (request.cost, limit.burst_us - request.tolerance_us)
-        now_us, tat_us, *waits_us = await _scripts.call(self._client, "gcra", self._keys, args)
-        return Verdict(now_us, tat_us, waits_us)
-
-
-class _MemoryStore:
-    """The limit's state in this process, for ``memory:``; the same decisions as ``lua/gcra.lua``."""
-
-    def __init__(self, tats: dict[str, int], name: str, clock: Clock) -> None:
-        self._tats, self._name, self._clock = tats, name, clock
-
-    async def ask(self, limit: RateLimitConfig, batch: Sequence[_Request], ordered: bool) -> Verdict:
-        return self.decide(int(self._clock.monotonic() * 1e6), limit, batch, ordered)
-
-    def decide(self, now_us: int, limit: RateLimitConfig, batch: Sequence[_Request], ordered: bool) -> Verdict:
-        tat = line = min(max(self._tats.get(self._name, now_us), now_us), now_us + limit.burst_us)
-        waits: list[int] = []
-        blocked = False
-        for request in batch:
-            allowed, after, wait, _ = check(line, now_us, request.cost, limit.emission_us, request.tolerance_us)
-            if allowed and not blocked:
-                tat = line = after
-                waits.append(0)
-                continue
-            # check() knows the tolerance only; a debt that reaches into the reserve has to be paid off as well
-            over = max(0, line - now_us - request.tolerance_us)
-            waits.append(max(1, wait + over))
-            if ordered:
-                blocked = True
-                line += request.cost * limit.emission_us
-        self._tats[self._name] = tat
-        return Verdict(now_us, tat, waits)
-
-
-def _address_of(manager: ConnectionManager | str | None) -> Address:
-    if manager is None:
-        return default_address()
-    return parse_address(manager) if isinstance(manager, str) else manager.address
 
 
 class RedisRateLimiter(Connectable):
     """A rate limit called ``name``, shared by all limiters of that name on the same Redis.
 
-    Every limiter of one name should have the same configuration; Redis stores only when the next permit is due.
-    In contrast to :class:`~orchestra.tasks.TaskPriority`, a *larger* ``priority`` is *more* urgent here, as the
-    specification has it: 0 and below is ordinary, 3 and above the most urgent.
+    Every limiter of one name should have the same configuration; what is set at run time (``orchestra limits set``,
+    :func:`set_limit`) goes before it in every process within a second. With a ``key``, each key has a limit of its own by
+    the one configuration; a name with a placeholder, such as ``"openai:{tenant}"``, demands a key. In contrast to
+    :class:`~orchestra.tasks.TaskPriority`, a *larger* ``priority`` is *more* urgent here, as the specification has it: 0 and
+    below is ordinary, 3 and above the most urgent.
 
     ``name``: 1 to 128 printable ASCII characters without spaces. ``manager``: the connection or an address, by
-    default the shared one; with the address ``memory:`` the limit is kept in this process. Constructing costs no round
-    trip; each request costs at most one (shared with all that ask at the same moment), and none when the last answer
-    proves a refusal.
+    default the shared one; with the address ``memory:`` the limit is kept in this process. ``scope``: limits that are
+    asked together have the same one; all of it lies in one slot of a Cluster. Constructing costs no round trip; each request
+    costs at most one (shared with all that ask at the same moment), and none when the last answer proves a refusal.
 
     Raises:
         ConfigurationError: the name or the configuration is not valid.
@@ -160,39 +104,53 @@ class RedisRateLimiter(Connectable):
         *,
         manager: ConnectionManager | str | None = None,
         clock: Clock = SYSTEM_CLOCK,
+        scope: str = "all",
     ) -> None:
         self.name = str(check_ident("limiter name", name))
+        self.scope = check_name("limit scope", scope)
         self.config = config or BackpressureConfig()
         if not isinstance(self.config, BackpressureConfig):
             raise ConfigurationError(f"config must be a BackpressureConfig, got {config!r}", field="config")
         self.metrics = FlowControlMetrics()
-        self._limit = self.config.rate_limit
-        self._waits = self.config.strategy is BackpressureStrategy.WAIT
+        self.setting = Setting.of(self.config)
+        self.packed: dict[tuple[str, int, int, int], bytes] = {}
+        waits = self.config.strategy is BackpressureStrategy.WAIT
+        self.max_wait = (math.inf if self.config.max_wait is None else self.config.max_wait) if waits else 0.0
         self._manager = manager
-        self._address = _address_of(manager)
+        self.address = address_of(manager)
         self._clock = clock
-        self._known = GcraTable(1, max_age_us=int(_TRUST_S * 1e6))
-        self._answer: tuple[int, float] = (-(2**62), 0.0)  # TAT minus Redis now, µs, at that local moment, seconds
+        self._needs_key = "{" in name and "}" in name
+        self._plain = _keys.limiter(name, None, scope)
+        self._cells: dict[str, str] = {}  # key → cell, of the keys used lately
+        self._keys_of: dict[str, str] = {}  # and back
+        self._known = GcraTable(KEYS_KNOWN, max_age_us=int(_TRUST_S * 1e6))
+        # Per cell: TAT minus Redis now, µs; at that local moment, s; number of the call. The oldest is the first.
+        self._answers: dict[str, tuple[int, float, int]] = {}
+        self._call = 0
+        self._told = False
+        self._at: LimitStore | None = None
         self._open = False  # whether the last call failed open; for one log line an outage
-        self._line: list[_Request] = []  # heap of those who wait; may hold some that were cancelled or have expired
-        self._left = 0  # how many became such leftovers since the line was last tidied
-        self._tries: deque[_Request] = deque()
-        self._numbers = itertools.count()
-        self._pump: asyncio.Task[None] | None = None
-        self._kick = asyncio.Event()
+        self._lines: dict[str, Line] = {}
+        self._leases = (
+            Leases(self, self.config.lease, self.config.lease_ttl, clock.monotonic) if self.config.lease else None
+        )
 
     # -- the specification
 
-    async def acquire(self, priority: int = 0, cost: int = 1) -> bool:
-        """Take ``cost`` permits; False when refused (under WAIT: when not admitted within ``max_wait``).
+    async def acquire(
+        self, priority: int = 0, cost: int = 1, *, key: str | None = None, wait: float | None = None
+    ) -> bool:
+        """Take ``cost`` permits (of ``key``); False when refused.
 
-        Cancellation gives up the place in the queue; a permit that Redis has given in that very moment is lost.
+        ``wait``: seconds to wait for them at most, 0 for not at all, ``math.inf`` for as long as it takes; by default as
+        configured. Cancellation gives up the place in the line; a permit that Redis has given in that very moment is lost.
 
         Raises:
-            ConfigurationError: ``cost`` is not a whole number from 1 to what the limit can ever admit at this priority.
+            ConfigurationError: ``cost`` is not a whole number from 1 to what the limit can ever admit at this priority; a key is
+                missing or not a text.
             StoreUnavailableError: Redis cannot be asked, unless ``fail_open``.
         """
-        return (await self._admit(priority, cost, self._waits)).allowed
+        return (await self._admit(priority, cost, key, self.max_wait if wait is None else require_wait(wait))).allowed
 
     def release(self) -> None:
         """Do nothing: a permit is used up by time, not given back."""
@@ -232,57 +190,168 @@ class RedisRateLimiter(Connectable):
 
     @property
     def interval(self) -> float:
-        """Seconds between two permits at the configured rate."""
-        return self._limit.emission_us / 1e6
+        """Seconds between two permits at the rate in force."""
+        return self.setting.emission_us / 1e6
 
-    async def try_acquire(self, priority: int = 0, cost: int = 1) -> Admission:
-        """Like :meth:`acquire`, but never waits for a permit, never passes those who do, and tells the facts."""
-        return await self._admit(priority, cost, False)
+    @property
+    def idle(self) -> bool:
+        """Nobody waits here."""
+        return not self._lines
 
-    def refused_for(self, priority: int = 0, cost: int = 1) -> float:
+    @property
+    def leased(self) -> int:
+        """Permits taken by leases and not spent yet."""
+        return self._leases.held if self._leases is not None else 0
+
+    async def try_acquire(
+        self, priority: int = 0, cost: int = 1, *, key: str | None = None, queue: bool = False
+    ) -> Admission:
+        """Like :meth:`acquire`, but never waits for a permit, never passes those who do, and tells the facts.
+
+        ``queue``: who is refused will come back after ``retry_after``: that is his turn in a line that all processes
+        share, at the limit's rate. Always asks Redis.
+        """
+        return await self._admit(priority, cost, key, 0.0, queue=queue)
+
+    def refused_for(self, priority: int = 0, cost: int = 1, *, key: str | None = None) -> float:
         """Seconds for which the last answer of Redis proves a refusal; 0.0 when it proves none. No round trip."""
-        return self._refusal(cost, self.config.weigh(priority, cost)[1])
+        return self.refusal(self.cell(key), cost, self.config.weigh(priority, cost)[0])
+
+    async def close(self) -> None:
+        """Give back what leases still hold, as far as that is safe. One round trip a lease; none without leases."""
+        if self._leases is not None:
+            await self._leases.close()
 
     # -- asking
 
     async def _connect(self) -> None:
-        await self._reach()
+        await self.store().connect()
 
-    async def _reach(self) -> _RedisStore | _MemoryStore:
-        if self._address.scheme == "memory":
-            tats: dict[str, int] = shared("limiter state", self._address.safe, dict)
-            return _MemoryStore(tats, self.name, self._clock)
-        manager = self._manager
-        if manager is None or isinstance(manager, str):
-            manager = get_connection_manager(manager)  # each time: a shared manager that was closed has a successor
-        if not manager.connected:
-            await manager.connect()
-        return _RedisStore(manager.client, self.name)
+    def store(self) -> LimitStore:
+        """Where the limit is kept, for the running event loop."""
+        known = self._at
+        if known is None or known.loop is not asyncio.get_running_loop():
+            known = find_store(self._manager, self.address, self.scope, self._clock)
+            if self._manager is not None and not isinstance(self._manager, str):
+                self._at = known  # where the manager is shared, it may have a successor when it was closed
+        return known
 
-    async def _admit(self, priority: int, cost: int, wait: bool) -> Admission:
-        urgency, tolerance_us = self.config.weigh(priority, cost)
-        max_wait = self.config.max_wait if wait else 0.0
-        wait = max_wait != 0.0
-        refusal = self._refusal(cost, tolerance_us)
-        if refusal and max_wait is not None and refusal > max_wait:
-            return self._count(Admission(False, refusal, self._remaining()), cost, local=True)
-        request = _Request(urgency, cost, tolerance_us, wait, next(self._numbers))
-        self._enqueue(request)
-        expiry = wait and max_wait and asyncio.get_running_loop().call_later(max_wait, self._expire, request)
+    async def _admit(
+        self, priority: int, cost: int, key: str | None, max_wait: float, *, queue: bool = False
+    ) -> Admission:
+        urgency = self.config.weigh(priority, cost)[0]
+        cell = self.cell(key)
+        if self._leases is not None and not queue:
+            leased = None if cell in self._lines else await self._leases.acquire(cell, urgency, cost)
+            if leased is not None:
+                return self.count(leased, cost)
+        known = self._answers.get(cell)
+        if known is not None and not queue and known[0] + cost * self.setting[1] > self.setting[3][urgency]:
+            refusal = self.refusal(cell, cost, urgency)
+            if refusal > max_wait:
+                refused = Admission(False, refusal, self.remaining(cell), self.name, key)
+                return self.count(refused, cost, local=True)
+        store = self.store()
+        if max_wait:
+            request = Request((Use(self, cell, cost, urgency),), urgency, store, ORDERED)
+            return self.count(await self._wait_for(request, max_wait), cost)
+        if store.ready and cell not in self._lines:
+            direct = await self._direct(store, cell, cost, urgency, QUEUE if queue else 0)
+            if direct is not None:
+                return self.count(direct, cost)
+        request = Request((Use(self, cell, cost, urgency),), urgency, store, QUEUE if queue else 0)
+        store.ask((request,))
+        return self.count(await request.answer(), cost, local=not request.asked)
+
+    async def _direct(self, store: LimitStore, cell: str, cost: int, urgency: int, flags: int) -> Admission | None:
+        """Ask when nobody else does; None when nothing was decided, and it has to be asked again."""
+        sent_us = int(self._clock.monotonic() * 1e6)
         try:
-            admission = await request.future
+            reply = await store.direct(self, cell, cost, urgency, flags)
         except asyncio.CancelledError:
-            self._cancelled(request)
+            self.metrics.cancelled += 1
             raise
-        except OrchestraError:
+        except OrchestraError as error:
+            if self.opens(error):
+                return Admission(True, 0.0, 0)
             self.metrics.failed += 1
             raise
-        finally:
-            if expiry:
-                expiry.cancel()
-        return self._count(admission, cost, local=not request.asked)
+        if reply is None:
+            return None
+        now_us, tat_us, wait_us, _ = reply
+        self._note(cell, tat_us, now_us, sent_us, store.calls)
+        store.done()
+        remaining = max(0, self.setting[2] + now_us - tat_us) // self.setting[1]
+        if not wait_us:
+            return Admission(True, 0.0, remaining)
+        return Admission(False, wait_us / 1e6, remaining, self.name, self.key_of(cell))
 
-    def _count(self, admission: Admission, cost: int, *, local: bool) -> Admission:
+    async def _wait_for(self, request: Request, max_wait: float) -> Admission:
+        use, store = request.uses[0], request.store
+        alone = store.ready and use.cell not in self._lines
+        request.wait = True
+        line = request.line = self._line(use.cell)
+        loop = asyncio.get_running_loop()
+        expiry = loop.call_later(max_wait, request.expire) if max_wait < math.inf else None
+        try:
+            if not alone:
+                line.enter(request)
+                return await request.answer()
+            line.begin()  # whoever comes meanwhile is behind
+            try:
+                direct = await self._direct(store, *use[1:], ORDERED)
+                if direct is not None and (direct.allowed or not request.wait):
+                    return direct
+                line.enter(request)
+            finally:
+                line.end()
+            return await request.answer()
+        finally:
+            if expiry is not None:
+                expiry.cancel()
+
+    def _line(self, cell: str) -> Line:
+        line = self._lines.get(cell)
+        if line is None:
+            line = self._lines[cell] = self._new_line(cell)
+        return line
+
+    def _new_line(self, cell: str) -> Line:
+        def due_in(cost: int, urgency: int) -> float:
+            return self.due_in(cell, cost, urgency)
+
+        def fits(total: int, urgency: int) -> bool:
+            return total * self.setting.emission_us <= self.setting.tolerances_us[urgency]
+
+        def ask(batch: Sequence[Request]) -> None:
+            batch[0].store.ask(batch)
+
+        def over() -> None:
+            self._lines.pop(cell, None)
+
+        return Line(due_in, fits, ask, over)
+
+    def cell(self, key: str | None) -> str:
+        """The cell of ``key``."""
+        if key is None:
+            if self._needs_key:
+                raise ConfigurationError(f"the limit {self.name!r} needs a key, such as a tenant", field="key")
+            return self._plain
+        cell = self._cells.get(key) if type(key) is str else None
+        if cell is None:
+            cell = _keys.limiter(self.name, require_key(key), self.scope)
+            if len(self._cells) >= 2 * KEYS_KNOWN:
+                self._cells.clear()
+                self._keys_of.clear()
+            self._cells[key], self._keys_of[cell] = cell, key
+        return cell
+
+    def key_of(self, cell: str) -> str | None:
+        """The key of ``cell``; None for the limit without a key, and for a key not used lately."""
+        return self._keys_of.get(cell)
+
+    def count(self, admission: Admission, cost: int, *, local: bool = False) -> Admission:
+        """Count an answer, and tell of it."""
         if admission.allowed:
             self.metrics.acquired += 1
             if telemetry.wanted("limiter.acquired"):
@@ -296,7 +365,7 @@ class RedisRateLimiter(Connectable):
         return admission
 
     async def _acquire_or_raise(self, priority: int, cost: int) -> None:
-        admission = await self._admit(priority, cost, self._waits)
+        admission = await self._admit(priority, cost, None, self.max_wait)
         if not admission.allowed:
             raise BackpressureRejectedError(
                 f"the rate limit {self.name!r} refused {cost} permits; try again in {admission.retry_after:.3g} s",
@@ -306,178 +375,89 @@ class RedisRateLimiter(Connectable):
 
     # -- what is known without asking
 
-    def _refusal(self, cost: int, tolerance_us: int) -> float:
-        """Seconds for which a refusal is proven, else 0.0. Never proves one that Redis would not give."""
-        local_us = int(self._clock.monotonic() * 1e6)
-        wait_us = self._known.refused_for(self.name, cost, local_us, self._limit.emission_us, tolerance_us)
-        return max(wait_us / 1e6, self._due_in(cost, tolerance_us)) if wait_us else 0.0
+    def change(self, text: str) -> None:
+        """Another setting is in force: ``text`` as it is stored, ``""`` for the configuration. No round trip."""
+        self.setting = Setting.of(self.config, text)
+        self.packed.clear()
+        self._known.clear()
+        self._answers.clear()
+        if self._leases is not None:
+            self._leases.forget()
 
-    def _due_in(self, cost: int, tolerance_us: int) -> float:
+    def observe(self, cell: str, answer: Answer) -> None:
+        """Take note of what a call learnt of ``cell``, once a call."""
+        known = self._answers.get(cell)
+        if known is None or known[2] != answer.number:
+            self._note(cell, answer.tats[cell], answer.now_us, answer.sent_us, answer.number)
+
+    def _note(self, cell: str, tat_us: int, now_us: int, sent_us: int, number: int) -> None:
+        if self._call != number:
+            self._call = number
+            self.metrics.calls += 1
+            self._open = False
+            if not self._told:
+                self._tell()
+        self._known.observe(cell, tat_us, now_us, sent_us)
+        answers = self._answers
+        if answers.pop(cell, None) is None and len(answers) >= KEYS_KNOWN:
+            del answers[next(iter(answers))]
+        answers[cell] = (tat_us - now_us, self._clock.monotonic(), number)
+
+    def _tell(self) -> None:
+        """Have the limit listed, once."""
+        self._told = True
+        limit = self.config.rate_limit
+        text = f"{limit.emission_us} {limit.burst_us} {limit.rate!r} {limit.period!r}"
+        self.store().note(self.name, text)
+
+    def forget(self, cell: str) -> None:
+        """Believe nothing of ``cell``: permits were given back."""
+        self._known.forget(cell)
+        self._answers.pop(cell, None)
+
+    def refusal(self, cell: str, cost: int, urgency: int) -> float:
+        """Seconds for which a refusal is proven, else 0.0. Never proves one that Redis would not give."""
+        _, emission_us, _, tolerances_us = self.setting
+        if cost * emission_us > tolerances_us[urgency]:  # as set at run time; only Redis knows whether it still is
+            return 0.0
+        local_us = int(self._clock.monotonic() * 1e6)
+        wait_us = self._known.refused_for(cell, cost, local_us, emission_us, tolerances_us[urgency])
+        return max(wait_us / 1e6, self.due_in(cell, cost, urgency)) if wait_us else 0.0
+
+    def behind(self, cell: str, cost: int, rank: tuple[int, int]) -> float:
+        """Seconds that somebody in line who is ahead of ``rank`` makes it wait at least; 0.0 if nobody is."""
+        line = self._lines.get(cell)
+        head = line.head() if line is not None else None
+        if head is None or head.rank > rank:
+            return 0.0
+        return self.due_in(cell, head.cost, head.urgency) + cost * self.setting.emission_us / 1e6
+
+    def due_in(self, cell: str, cost: int, urgency: int) -> float:
         """Seconds until Redis admits ``cost`` for certain if nobody else asks, by the last answer; else 0.0."""
-        debt_us, answered = self._answer
-        passed = self._clock.monotonic() - answered
+        known = self._answers.get(cell)
+        if known is None:
+            return 0.0
+        passed = self._clock.monotonic() - known[1]
         if passed > _TRUST_S:
             return 0.0
-        return max(0.0, (debt_us + cost * self._limit.emission_us - tolerance_us) / 1e6 - passed)
+        late_us = known[0] + cost * self.setting.emission_us - self.setting.tolerances_us[urgency]
+        return max(0.0, late_us / 1e6 - passed)
 
-    def _remaining(self) -> int:
-        debt_us, answered = self._answer
-        debt_us = max(0, debt_us - int((self._clock.monotonic() - answered) * 1e6))
-        return (self._limit.burst_us - debt_us) // self._limit.emission_us
+    def remaining(self, cell: str) -> int:
+        """Whole permits left in ``cell`` by the last answer."""
+        known = self._answers.get(cell)
+        debt_us = 0 if known is None else max(0, known[0] - int((self._clock.monotonic() - known[1]) * 1e6))
+        return max(0, self.setting.burst_us - debt_us) // self.setting.emission_us
 
-    # -- the queue; nothing from here to the pump awaits
-
-    def _enqueue(self, request: _Request) -> None:
-        if request.wait:
-            self._push(request)
-        else:
-            self._tries.append(request)
-        if self._pump is None:
-            self._pump = asyncio.get_running_loop().create_task(self._run(), name=f"orchestra:limiter {self.name}")
-        elif not request.wait or self._line[0] is request:
-            self._kick.set()
-
-    def _push(self, request: _Request) -> None:
-        request.in_line = True
-        heapq.heappush(self._line, request)
-
-    def _pop(self) -> _Request:
-        request = heapq.heappop(self._line)
-        request.in_line = False
-        return request
-
-    def _head(self) -> _Request | None:
-        while self._line and self._line[0].future.done():
-            self._pop()
-        return self._line[0] if self._line else None
-
-    def _tidy(self) -> None:
-        """Somebody in the line was answered or cancelled: keep such leftovers below half of it, and let the next ask."""
-        self._left += 1
-        if self._left * 2 > len(self._line):
-            self._line = [request for request in self._line if not request.future.done()]
-            heapq.heapify(self._line)
-            self._left = 0
-        self._kick.set()
-
-    def _expire(self, request: _Request) -> None:
-        request.wait = False
-        if request.in_line and not request.future.done():
-            wait = self._due_in(request.cost, request.tolerance_us)
-            request.future.set_result(Admission(False, wait, self._remaining()))
-            self._tidy()
-
-    def _cancelled(self, request: _Request) -> None:
-        self.metrics.cancelled += 1
-        future = request.future
-        if not future.cancelled() and future.exception() is None and future.result().allowed:
-            self.metrics.abandoned += 1
-        if request.in_line:
-            self._tidy()
-
-    def _ready(self) -> list[_Request]:
-        """Take those off the head of the line that are due together."""
-        batch: list[_Request] = []
-        total = 0
-        while (head := self._head()) is not None and len(batch) < MAX_BATCH:
-            total += head.cost
-            if batch and total * self._limit.emission_us > head.tolerance_us:
-                break
-            if self._due_in(total, head.tolerance_us) > 0:
-                break
-            batch.append(self._pop())
-        return batch
-
-    def _undecided(self) -> list[_Request]:
-        """Take those of the tries that only Redis can answer; the others are answered here."""
-        batch: list[_Request] = []
-        while self._tries and len(batch) < MAX_BATCH:
-            request = self._tries.popleft()
-            if request.future.done():
-                continue
-            refusal = self._refusal(request.cost, request.tolerance_us)
-            head = self._head()
-            if not refusal and head is not None and head < request:
-                refusal = self._due_in(head.cost, head.tolerance_us) + request.cost * self._limit.emission_us / 1e6
-            if not refusal:
-                batch.append(request)
-            else:
-                request.future.set_result(Admission(False, refusal, self._remaining()))
-        return sorted(batch)
-
-    # -- the pump: lives while somebody wants something
-
-    async def _run(self) -> None:
-        try:
-            while self._tries or self._head() is not None:
-                ready = self._ready()
-                if ready:
-                    await self._ask(ready, ordered=True)
-                tries = self._undecided()
-                if tries:
-                    await self._ask(tries, ordered=False)
-                if not ready and not tries:
-                    await self._pause()
-        finally:
-            self._pump = None
-            for request in (*self._line, *self._tries):  # none, unless the pump itself was cancelled
-                request.future.cancel()
-            self._line.clear()
-            self._tries.clear()
-
-    async def _pause(self) -> None:
-        head = self._head()
-        if head is None:
-            return
-        self._kick.clear()
-        try:
-            async with asyncio.timeout(min(self._due_in(head.cost, head.tolerance_us), _TRUST_S)):
-                await self._kick.wait()
-        except TimeoutError:
-            return
-
-    async def _ask(self, batch: list[_Request], *, ordered: bool) -> None:
-        for request in batch:
-            request.asked = True
-        try:
-            store = await self._reach()
-            sent_us = int(self._clock.monotonic() * 1e6)
-            self.metrics.calls += 1
-            self._settle(batch, await store.ask(self._limit, batch, ordered), sent_us)
-        except Exception as error:  # noqa: BLE001 - whatever it is, those who asked must hear of it
-            self._fail(batch, error)
-        except asyncio.CancelledError:
-            for request in batch:
-                request.future.cancel()
-            raise
-
-    def _settle(self, batch: list[_Request], verdict: Verdict, sent_us: int) -> None:
-        self._known.observe(self.name, verdict.tat_us, verdict.now_us, sent_us)
-        self._answer = (verdict.tat_us - verdict.now_us, self._clock.monotonic())
-        self._open = False
-        remaining = self._remaining()
-        for request, wait_us in zip(batch, verdict.waits_us, strict=True):
-            if request.future.done():
-                self.metrics.abandoned += not wait_us
-            elif wait_us and request.wait:
-                self._push(request)
-            else:
-                request.future.set_result(Admission(not wait_us, wait_us / 1e6, remaining))
-
-    def _fail(self, batch: list[_Request], error: Exception) -> None:
-        mapped = map_redis_error(error, doing=f"rate limit {self.name!r}")
-        admit = self.config.fail_open and isinstance(mapped, StoreUnavailableError | StoreFullError)
-        if admit and not self._open:
-            self._open = True
-            logger.warning("rate limit %s is open until Redis answers again: %s", self.name, mapped)
-        for request in batch:
-            if request.future.done():
-                continue
-            if admit:
-                self.metrics.failed_open += 1
-                request.future.set_result(Admission(True, 0.0, 0))
-            else:
-                request.future.set_exception(mapped)
+    def opens(self, error: Exception) -> bool:
+        """Whether to admit although Redis could not be asked."""
+        admit = self.config.fail_open and isinstance(error, StoreUnavailableError | StoreFullError)
+        if admit:
+            self.metrics.failed_open += 1
+            if not self._open:
+                self._open = True
+                logger.warning("rate limit %s is open until Redis answers again: %s", self.name, error)
+        return admit
 
 
 def get_flow_controller(name: str = "default", config: BackpressureConfig | None = None) -> RedisRateLimiter:

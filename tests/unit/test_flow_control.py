@@ -8,14 +8,19 @@ import math
 import pytest
 
 from orchestra import _shared, telemetry
-from orchestra._limits import Verdict
+from orchestra._clock import SYSTEM_CLOCK
+from orchestra._limit_store import LimitStore
 from orchestra.errors import BackpressureRejectedError, ConfigurationError, StoreAuthError, StoreUnavailableError
 from orchestra.flow_control import (
     BackpressureConfig,
     BackpressureStrategy,
     RateLimitConfig,
     RedisRateLimiter,
+    acquire_all,
     get_flow_controller,
+    reset_limit,
+    set_limit,
+    try_acquire_all,
 )
 from orchestra.tasks import TaskPriority
 
@@ -45,10 +50,11 @@ async def limiter(clock):
     return RedisRateLimiter("unit", config(), manager="memory:", clock=clock)
 
 
-class ScriptedStore:
+class ScriptedStore(LimitStore):
     """A store that answers when told to: ``grants`` says how many permits each call may give."""
 
     def __init__(self, *grants: int | Exception, hold: bool = False, wait_us: int = 20_000) -> None:
+        super().__init__("all", SYSTEM_CLOCK)
         self.grants = list(grants)
         self.wait_us = wait_us
         self.batches: list[list[int]] = []
@@ -58,31 +64,37 @@ class ScriptedStore:
         if not hold:
             self.go.set()
 
-    async def ask(self, limit, batch, ordered):
-        self.batches.append([request.cost for request in batch])
-        self.orders.append(ordered)
+    def note(self, name, text):
+        pass
+
+    def _send(self, batch, keys, args, limits):
+        self._busy = True
+        self.calls += 1
+        self.batches.append([question.cost for question in batch])
+        self.orders.append(all(question.flags & 1 for question in batch))
         self.asked.set()
+        self.answering = asyncio.ensure_future(self._later(batch, keys, limits))
+
+    async def _later(self, batch, keys, limits):
         await self.go.wait()
         left = self.grants.pop(0) if self.grants else 10**6
         if isinstance(left, Exception):
-            raise left
-        waits = []
-        for request in batch:
-            given = request.cost <= left
-            left -= request.cost if given else 0
-            waits.append(0 if given else self.wait_us)
+            self._failed(batch, left)
+            return
+        verdicts = []
+        for question in batch:
+            given = question.cost <= left
+            left -= question.cost if given else 0
+            verdicts += (0, 0) if given else (self.wait_us, 1)
+        limit = limits[0].setting
         # a debt that makes one permit due after wait_us, where something was refused
-        debt = limit.burst_us - limit.emission_us + self.wait_us if any(waits) else 0
-        return Verdict(10**15, 10**15 + debt, waits)
+        debt = limit.burst_us - limit.emission_us + self.wait_us if any(verdicts) else 0
+        self._arrived(batch, keys, limits, int(SYSTEM_CLOCK.monotonic() * 1e6), [10**15, 10**15 + debt, *verdicts])
 
 
 def scripted(store: ScriptedStore, **more) -> RedisRateLimiter:
     limiter = RedisRateLimiter("scripted", config(burst=5, **more), manager="memory:")
-
-    async def reach():
-        return store
-
-    limiter._reach = reach
+    limiter.store = lambda: store
     return limiter
 
 
@@ -90,7 +102,7 @@ WAIT = {"strategy": BackpressureStrategy.WAIT}
 
 
 def settled(limiter: RedisRateLimiter) -> bool:
-    return limiter._pump is None and not limiter._line and not limiter._tries
+    return limiter.idle and limiter.store().idle
 
 
 async def turns(count: int = 5) -> None:
@@ -182,6 +194,37 @@ class TestInProcess:
         assert await limiter.acquire(priority=1)
         assert not await limiter.acquire(priority=0)
 
+    @pytest.mark.parametrize("wait", [-1, math.nan, -math.inf, "1", True, 1e9])
+    async def test_bad_wait(self, limiter, wait):
+        for ask in (lambda: limiter.acquire(wait=wait), lambda: acquire_all([(limiter, None, 1)], wait=wait)):
+            with pytest.raises(ConfigurationError, match="wait must be a number of seconds") as caught:
+                await ask()
+            assert caught.value.field == "wait"
+        assert limiter.metrics.calls == 0
+
+    async def test_several_and_keys_and_the_line(self, clock):
+        wide, narrow = (
+            RedisRateLimiter(name, config(rate=10.0, burst=burst), manager="memory:", clock=clock)
+            for name, burst in (("wide", 9), ("narrow:{tenant}", 2))
+        )
+        asked = [await try_acquire_all([(wide, None, 1), (narrow, "a", 1)]) for _ in range(3)]
+        assert [admission.allowed for admission in asked] == [True, True, False]
+        assert (asked[2].limiter, asked[2].key) == ("narrow:{tenant}", "a")
+        assert (await try_acquire_all([(wide, None, 1), (narrow, "b", 1)])).remaining == 1
+        turns = [(await narrow.try_acquire(key="a", queue=True)).retry_after for _ in range(3)]
+        assert turns == pytest.approx([0.1, 0.2, 0.3], abs=1e-5)
+
+    async def test_set_at_run_time(self, limiter, clock):
+        assert await limiter.acquire(cost=5)
+        await set_limit("unit", rate=1000, burst=8, manager="memory:")
+        clock.now += 2
+        assert await limiter.acquire()
+        assert limiter.setting.burst_us == 8000
+        assert await reset_limit("unit", manager="memory:")
+        clock.now += 2
+        assert await limiter.acquire()
+        assert limiter.interval == 0.1
+
     async def test_one_state_per_name(self, clock):
         first, second, other = (
             RedisRateLimiter(name, config(), manager="memory:", clock=clock) for name in ("same", "same", "other")
@@ -242,15 +285,18 @@ class TestInProcess:
 
 
 class TestBatching:
-    async def test_one_tick_is_one_call_most_urgent_first(self):
-        store = ScriptedStore(3)
+    async def test_the_first_goes_at_once_the_rest_of_the_tick_together_most_urgent_first(self):
+        store = ScriptedStore(1, 3)
         limiter = scripted(store)
         answers = await asyncio.gather(
-            limiter.acquire(cost=1), limiter.acquire(cost=2, priority=1), limiter.acquire(cost=3, priority=9)
+            limiter.acquire(),
+            limiter.acquire(cost=1),
+            limiter.acquire(cost=2, priority=1),
+            limiter.acquire(cost=3, priority=9),
         )
-        assert store.batches == [[3, 2, 1]]
-        assert store.orders == [False]
-        assert answers == [False, False, True]
+        assert store.batches == [[1], [3, 2, 1]]
+        assert store.orders == [False, False]
+        assert answers == [True, False, False, True]
         assert settled(limiter)
 
     async def test_what_arrives_during_a_call_travels_together(self):
@@ -268,12 +314,12 @@ class TestBatching:
         store = ScriptedStore()
         limiter = scripted(store)
         assert all(await asyncio.gather(*(limiter.acquire() for _ in range(1200))))
-        assert [len(batch) for batch in store.batches] == [512, 512, 176]
+        assert [len(batch) for batch in store.batches] == [1, 512, 512, 175]
 
 
 class TestWaiting:
     async def test_served_in_order_of_urgency_then_arrival(self):
-        store = ScriptedStore(0, 2, 1, 1)
+        store = ScriptedStore(0, 0, 2, 1, 1)
         limiter = scripted(store, **WAIT)
         order = []
 
@@ -292,7 +338,7 @@ class TestWaiting:
         await turns()
         answer = asyncio.ensure_future(limiter.try_acquire())
         await turns()
-        (await limiter._reach()).go.set()
+        limiter.store().go.set()
         admission = await answer
         assert not admission.allowed
         assert admission.retry_after > 0
@@ -333,13 +379,17 @@ class TestCancellation:
     async def test_before_it_was_asked(self):
         store = ScriptedStore()
         limiter = scripted(store)
+        store.go.clear()
+        first = asyncio.ensure_future(limiter.acquire())
         task = asyncio.ensure_future(limiter.acquire())
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        store.go.set()
+        assert await first
         await turns()
-        assert store.batches == []
+        assert store.batches == [[1]]
         assert settled(limiter)
         assert (limiter.metrics.cancelled, limiter.metrics.abandoned) == (1, 0)
 
@@ -362,7 +412,7 @@ class TestCancellation:
     async def test_in_the_tick_of_the_answer(self):
         limiter = scripted(ScriptedStore())
         task = asyncio.ensure_future(limiter.acquire())
-        while not (limiter._pump and limiter._pump.done()) and not limiter.metrics.calls:
+        while not limiter.metrics.calls:
             await asyncio.sleep(0)
         task.cancel()  # the answer is in the future already, the task has not run yet
         with pytest.raises(asyncio.CancelledError):
@@ -378,7 +428,7 @@ class TestCancellation:
         for task in tasks[::-1][:98]:
             task.cancel()
         await asyncio.gather(*tasks[2:], return_exceptions=True)
-        assert len(limiter._line) <= 6
+        assert sum(len(line) for line in limiter._lines.values()) <= 6
         for task in tasks[:2]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -395,22 +445,13 @@ class TestCancellation:
         assert await second
         assert settled(limiter)
 
-    async def test_of_the_pump_cancels_those_who_wait(self):
-        limiter = scripted(ScriptedStore(0, hold=True), **WAIT)
-        tasks = [asyncio.ensure_future(limiter.acquire()) for _ in range(8)]
-        await turns()
-        limiter._pump.cancel()
-        answers = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(isinstance(answer, asyncio.CancelledError) for answer in answers)
-        assert settled(limiter)
-
 
 class TestStoreFailures:
     async def test_closed_by_default(self):
-        limiter = scripted(ScriptedStore(ConnectionRefusedError("no")))
+        limiter = scripted(ScriptedStore(ConnectionRefusedError("no"), ConnectionRefusedError("no")))
         answers = await asyncio.gather(limiter.acquire(), limiter.acquire(), return_exceptions=True)
         assert [type(answer) for answer in answers] == [StoreUnavailableError] * 2
-        assert "scripted" in str(answers[0])
+        assert "rate limits" in str(answers[0])
         assert limiter.metrics.failed == 2
         assert await limiter.acquire()
 
@@ -437,7 +478,7 @@ class TestStoreFailures:
         task = asyncio.ensure_future(limiter.acquire())
         await store.asked.wait()
         store.go.set()
-        while limiter._pump is not None:
+        while not limiter.store().idle:
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

@@ -40,6 +40,8 @@ def test_bad_rate_limit(field, value):
         ("fail_open", 1),
         *(("max_wait", bad) for bad in (-1, NAN, INF, True, "1", 1e9)),
         *(("priority_reserve", bad) for bad in (-0.1, 1.0, NAN, True, None)),
+        *(("lease", bad) for bad in (-1, 1001, 1.5, True, "5", None, NAN)),
+        *(("lease_ttl", bad) for bad in (0, -1.0, 10.5, NAN, INF, True, "1", None)),
     ],
 )
 def test_bad_backpressure(field, value):
