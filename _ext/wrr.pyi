@@ -12,8 +12,8 @@ MAX_IDS: Final[int]
 class SmoothRing:
     """Chooses ids in proportion to their weights, as evenly spread as possible (nginx's algorithm).
 
-    With constant weights and availability every window of ``sum(weights)`` selections contains each id exactly its weight
-    times: from the start in a fresh ring, and after a change of either once at most one window has passed.
+    After any change of weights or availability, the next ``sum(weights)`` selections contain each id exactly its weight
+    times, and so does every such window from then on, wherever it begins; one that begins among the first may be uneven.
     Ids that are left out neither gain nor lose turns. Of equals, the one that joined first is chosen.
 
     A change of weights, a newcomer or a leaver keeps each lag (turns owed) in turns, centred on zero and bounded to one.

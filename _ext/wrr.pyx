@@ -9,6 +9,12 @@ divided by that sum is the id's lag: how many turns it is owed. Ids that are not
 
 When weights change, every lag keeps its size in turns (current values are scaled with the sum of weights), is centred on
 zero and bounded to one turn; a newcomer starts at zero. So neither a change nor a newcomer brings a burst.
+
+Lags alone would make the first sum-of-weights selections after a change inexact. So selections are kept in books: a book
+opens when the candidates or a weight have changed, and when the one before is full; in it nobody is chosen more often than
+its weight says, so when it is full it is exact, and its candidates owe each other nothing: their lags become zero. Without
+changes this never differs from nginx's algorithm, which comes back to zero by itself.
+
 Current values are kept in 2**-16 parts of a weight, so that scaling back and forth does not round a lag away.
 
 Concurrency: every method is one C call that keeps the GIL. Hashing and comparing ids may run Python code: all lookups
@@ -39,6 +45,7 @@ cdef enum:
 cdef struct Member:
     int64_t weight   # UNIT parts, > 0
     int64_t current  # UNIT parts; the sum over all members stays near 0
+    int64_t left     # turns that it may still have in the present book, UNIT parts
     uint64_t mark    # number of the selection that has counted this member
     Py_ssize_t handle
 
@@ -59,6 +66,9 @@ cdef class SmoothRing:
     cdef bint _moved           # False while every current value is 0
     cdef uint64_t _version     # grows when a member comes or goes
     cdef uint64_t _selections
+    cdef bint _whole           # whether the present book is that of select() without a list
+    cdef Py_ssize_t _candidates  # else: how many it has; they are those whose mark is _selections
+    cdef int64_t _pages          # selections until the book is full, UNIT parts; 0: none is open
     cdef readonly int default_weight
 
     def __cinit__(self, *, int default_weight=0):
@@ -134,15 +144,61 @@ cdef class SmoothRing:
         cdef Member *members = self._members
         cdef Py_ssize_t i, best = -1
         cdef int64_t top = 0
+        if self._size == 0:
+            return -1
         for i in range(self._size):
             members[i].current += members[i].weight
-            if best < 0 or members[i].current > top:
+            if members[i].left > 0 and (best < 0 or members[i].current > top):
                 best = i
                 top = members[i].current
-        if best >= 0:
-            members[best].current -= self._total
-            self._moved = True
+        if not self._whole or self._pages == 0:
+            self._whole = True
+            self._open_book(NULL, self._size, self._total)
+            best = self._greatest(NULL, self._size)
+        self._pay(NULL, self._size, best, self._total)
         return best
+
+    # In the next four, `handles` names `count` members, -1 for none; or is NULL, for all members by their place.
+
+    cdef inline Member *_member(self, const Py_ssize_t *handles, Py_ssize_t i) noexcept:
+        if handles is NULL:
+            return &self._members[i]
+        return NULL if handles[i] < 0 else &self._members[self._places[handles[i]]]
+
+    cdef Py_ssize_t _greatest(self, const Py_ssize_t *handles, Py_ssize_t count) noexcept:
+        # The index of the greatest current value that the book still lets be chosen; of equals, the oldest.
+        cdef Py_ssize_t i, best = -1
+        cdef Member *member
+        cdef Member *top = NULL
+        for i in range(count):
+            member = self._member(handles, i)
+            if member is NULL or member.left <= 0:
+                continue
+            if top is NULL or member.current > top.current or (member.current == top.current and member < top):
+                best, top = i, member
+        return best
+
+    cdef void _pay(self, const Py_ssize_t *handles, Py_ssize_t count, Py_ssize_t best, int64_t total) noexcept:
+        cdef Py_ssize_t i
+        cdef Member *member = self._member(handles, best)
+        member.current -= total
+        member.left -= UNIT
+        self._moved = True
+        self._pages -= UNIT
+        if self._pages == 0:  # exact: nobody is owed anything
+            for i in range(count):
+                member = self._member(handles, i)
+                if member is not NULL:
+                    member.current = 0
+
+    cdef void _open_book(self, const Py_ssize_t *handles, Py_ssize_t count, int64_t total) noexcept:
+        cdef Py_ssize_t i
+        cdef Member *member
+        self._pages = total
+        for i in range(count):
+            member = self._member(handles, i)
+            if member is not NULL:
+                member.left = member.weight
 
     cdef Py_ssize_t _choose(self, tuple ids) except -2:
         # The index of the chosen id in `ids`, or -1.
@@ -174,29 +230,30 @@ cdef class SmoothRing:
         raise RuntimeError("SmoothRing changes whenever the ids of a selection are hashed or compared")
 
     cdef Py_ssize_t _turn_of_some(self, const Py_ssize_t *handles, Py_ssize_t count) noexcept:
-        cdef Py_ssize_t i, place, best = -1, best_place = -1
+        cdef Py_ssize_t i, best, distinct = 0
+        cdef uint64_t before = self._selections
         cdef int64_t total = 0
+        cdef bint same = self._pages > 0 and not self._whole
         cdef Member *member
         self._selections += 1
         for i in range(count):
-            if handles[i] < 0:
+            member = self._member(handles, i)
+            if member is NULL or member.mark == self._selections:  # unknown, or named twice
                 continue
-            place = self._places[handles[i]]
-            member = &self._members[place]
-            if member.mark == self._selections:  # named twice
-                continue
+            same = same and member.mark == before
             member.mark = self._selections
             member.current += member.weight
             total += member.weight
-            if (
-                best < 0
-                or member.current > self._members[best_place].current
-                or (member.current == self._members[best_place].current and place < best_place)
-            ):
-                best, best_place = i, place
-        if best >= 0:
-            self._members[best_place].current -= total
-            self._moved = True
+            distinct += 1
+        if distinct == 0:
+            self._selections = before
+            return -1
+        if not same or distinct != self._candidates:
+            self._whole = False
+            self._candidates = distinct
+            self._open_book(handles, count, total)
+        best = self._greatest(handles, count)
+        self._pay(handles, count, best, total)
         return best
 
     cdef Py_ssize_t _admit(self, ident, int64_t weight) except -2:
@@ -221,7 +278,7 @@ cdef class SmoothRing:
         self._ids[handle] = ident
         self._rebase(self._total + weight)
         self._places[handle] = self._size
-        self._members[self._size] = Member(weight=weight, current=0, mark=0, handle=handle)
+        self._members[self._size] = Member(weight=weight, current=0, left=0, mark=0, handle=handle)
         self._size += 1
         self._version += 1
         return -1
@@ -288,6 +345,7 @@ cdef class SmoothRing:
         cdef Py_ssize_t i
         cdef int64_t mean = 0
         cdef double ratio
+        self._pages = 0
         if self._moved and self._size:
             ratio = <double> total / <double> self._total
             for i in range(self._size):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import abc
 import functools
 import hashlib
+import inspect
 import math
 import random
 import threading
@@ -39,7 +40,7 @@ __all__ = [
     "register_strategy",
 ]
 
-StrategyFactory: TypeAlias = Callable[[], "BaseLoadBalancerStrategy"]
+StrategyFactory: TypeAlias = Callable[..., "BaseLoadBalancerStrategy"]
 
 _MAX_LOAD = 1e12
 _STALE = 1024  # ids that a rotation may know beyond those it was offered last, before it forgets them
@@ -176,8 +177,9 @@ class RoundRobinStrategy(_Rotation):
 class WeightedRoundRobinStrategy(_Rotation):
     """Workers in proportion to their weights, spread evenly (nginx's smooth weighted round robin). O(n).
 
-    With the same workers offered each time, any ``sum(weights)`` selections in a row give each worker exactly its weight of
-    them, at the latest one such window after a change. A worker without a weight has weight 1.
+    After a change of the offer or of a weight, the next ``sum(weights)`` selections give each offered worker exactly its
+    weight of them; and so do, from then on, any so many in a row, until the next change. A worker without a weight has
+    weight 1.
 
     Status keys besides ``healthy``: ``weight`` (whole number from 1 to 10_000); ``capacity``, if there is no ``weight``
     beside it, is the weight too, and 0 leaves the worker out.
@@ -325,18 +327,25 @@ class ConsistentHashStrategy(_Counting):
     times its share of the load of the offered workers (by capacity), then the next in the key's order (Mirrokni, Thorup and Zadimoghaddam,
     "Consistent Hashing with Bounded Loads", 2016); this needs :meth:`task_done` or reports of ``load``.
 
-    ``key``: gives the key of a task dict; by default its ``affinity_key``, or that of its ``metadata``. A task without a
-    key goes to the least loaded worker. The order depends on ``str(key)`` and ``repr(worker id)`` alone, so processes
-    agree if these do. ``bound``: above 1, at most 100.
+    ``key``: the name of a field that is looked for in the task, then in its ``metadata``, then in its ``input``; or a
+    path with dots from the task on (``"input.user.id"``); or a function of the task dict. A task without a key goes to
+    the least loaded worker. The order depends on ``str(key)`` and ``repr(worker id)`` alone, so processes agree if these
+    do. ``bound``: above 1, at most 100.
 
     Raises:
-        ConfigurationError: ``bound`` is out of range.
+        ConfigurationError: ``key`` is neither text nor callable, or ``bound`` is out of range.
     """
 
-    def __init__(self, key: Callable[[dict[str, Any]], Any] | None = None, *, bound: float = 1.25) -> None:
+    def __init__(self, key: str | Callable[[dict[str, Any]], Any] = "affinity_key", *, bound: float = 1.25) -> None:
         super().__init__()
         require_number("ConsistentHashStrategy.bound", bound, 1.0, 100.0, exclusive=True)
-        self._key = key or _affinity_key
+        if not callable(key) and not (isinstance(key, str) and all(key.split("."))):
+            raise ConfigurationError(
+                f"ConsistentHashStrategy.key must be a field's name, a path with dots or a function, got {key!r}",
+                field="ConsistentHashStrategy.key",
+                value=key,
+            )
+        self._key = functools.partial(_field, key.split(".")) if isinstance(key, str) else key
         self._bound = bound
 
     def _pick(self, ids: list[Any], task_info: dict[str, Any] | None) -> int:
@@ -361,7 +370,7 @@ _strategies: dict[str, StrategyFactory] = {
 
 
 def register_strategy(name: str, factory: StrategyFactory, *, replace: bool = False) -> None:
-    """Make ``create_load_balancer(name)`` call ``factory()``, in this process.
+    """Make ``create_load_balancer(name, options=…)`` call ``factory(**options)``, in this process.
 
     Raises:
         ConfigurationError: the name is malformed, or taken and ``replace`` is False; or ``factory`` is not callable.
@@ -376,11 +385,15 @@ def register_strategy(name: str, factory: StrategyFactory, *, replace: bool = Fa
     _strategies[name] = factory
 
 
-def create_load_balancer(strategy_name: str = "round_robin") -> BaseLoadBalancerStrategy:
+def create_load_balancer(
+    strategy_name: str = "round_robin", *, options: Mapping[str, Any] | None = None
+) -> BaseLoadBalancerStrategy:
     """A new load balancer: round_robin, random, weighted_round_robin, least_loaded, consistent_hash or a registered one.
 
+    ``options``: arguments of the strategy: ``seed`` of random and least_loaded, ``key`` and ``bound`` of consistent_hash.
+
     Raises:
-        ConfigurationError: no strategy has this name, or its factory did not make a strategy.
+        ConfigurationError: no strategy has this name, an option is unknown or wrong, or its factory did not make a strategy.
     """
     factory = _strategies.get(strategy_name) if isinstance(strategy_name, str) else None
     if factory is None:
@@ -389,7 +402,9 @@ def create_load_balancer(strategy_name: str = "round_robin") -> BaseLoadBalancer
             field="strategy_name",
             value=strategy_name,
         )
-    strategy = factory()
+    if options:
+        _check_options(strategy_name, factory, options)
+    strategy = factory(**(options or {}))
     if not isinstance(strategy, BaseLoadBalancerStrategy):
         raise ConfigurationError(
             f"the factory of strategy {strategy_name!r} must make a BaseLoadBalancerStrategy, got {strategy!r}",
@@ -410,11 +425,30 @@ def _with(members: frozenset[Hashable], identity: Hashable, *, member: bool) -> 
     return members | {identity} if member else members - {identity}
 
 
-def _affinity_key(task: dict[str, Any]) -> Any:
-    if "affinity_key" in task:
-        return task["affinity_key"]
-    metadata = task.get("metadata")
-    return metadata.get("affinity_key") if isinstance(metadata, Mapping) else None
+def _check_options(name: str, factory: StrategyFactory, options: Mapping[str, Any]) -> None:
+    if not isinstance(options, Mapping):
+        raise ConfigurationError(f"options must be a dict, got {options!r}", field="options", value=options)
+    taken = inspect.signature(factory).parameters.values()
+    if any(each.kind is each.VAR_KEYWORD for each in taken):
+        return
+    known = [each.name for each in taken if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    for option, value in options.items():
+        if option not in known:
+            raise ConfigurationError(
+                f"strategy {name!r} has no option {option!r}; options are {', '.join(known) or 'none'}",
+                field=str(option),
+                value=value,
+            )
+
+
+def _field(path: list[str], task: dict[str, Any]) -> Any:
+    if len(path) == 1:
+        places = (task, task.get("metadata"), task.get("input"))
+        return next((each[path[0]] for each in places if isinstance(each, Mapping) and path[0] in each), None)
+    value: Any = task
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 @functools.lru_cache(maxsize=4096)  # workers and hot keys come again and again

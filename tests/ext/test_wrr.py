@@ -80,6 +80,29 @@ def test_is_smooth():
     assert "".join(ring.select() for _ in range(14)) == "aabacaaaabacaa"
 
 
+@given(
+    WEIGHTS,
+    st.lists(st.tuples(st.sets(IDS, min_size=1), st.dictionaries(IDS, st.integers(1, 40), max_size=2)), max_size=12),
+    st.data(),
+)
+def test_the_very_next_window_after_any_change_is_exact(weights, changes, data):
+    """Replicas come, go, and change their weights, in the middle of a window or not: what follows is exact at once."""
+    ring, before = ring_of(weights), {}
+    for available, reweighed in changes:
+        for ident, weight in reweighed.items():
+            ring.set_weight(ident, weight)
+            weights[ident] = weight
+        offered = {ident: weights[ident] for ident in available if ident in weights}
+        if not offered or offered == before:
+            continue
+        before = offered
+        total = sum(offered.values())
+        for _ in range(data.draw(st.integers(0, 2))):
+            assert Counter(ring.select(available) for _ in range(total)) == Counter(offered)
+        for _ in range(data.draw(st.integers(0, total - 1))):
+            ring.select(available)
+
+
 @given(WEIGHTS, st.lists(st.sets(IDS, min_size=1), max_size=40), st.dictionaries(IDS, st.integers(0, 40), max_size=3))
 def test_exact_again_within_one_window_after_any_change(weights, availability, changes):
     ring = ring_of(weights)

@@ -1,4 +1,4 @@
-"""Oracle of ``orchestra._ext.wrr``: nginx's smooth weighted round robin over a plain list."""
+"""Oracle of ``orchestra._ext.wrr``: nginx's smooth weighted round robin over a plain list, kept exact in books."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ class SmoothRing:
     def __init__(self, *, default_weight: int = 0) -> None:
         self.default_weight = default_weight
         self._members: list[list[Any]] = []  # [ident, weight, current], in order of arrival
+        self._book: dict[Any, int] = {}  # turns that each candidate may still have; empty: none is open
+        self._whole = False
 
     def __len__(self) -> int:
         return len(self._members)
@@ -27,6 +29,8 @@ class SmoothRing:
             self.remove(ident)
         elif ident in self.ids():
             member = self._members[self.ids().index(ident)]
+            if member[1] == weight * UNIT:
+                return
             self._rebase(self._total() - member[1] + weight * UNIT)
             member[1] = weight * UNIT
         else:
@@ -53,14 +57,24 @@ class SmoothRing:
             return None
         for member in candidates:
             member[2] += member[1]
-        chosen = max(candidates, key=lambda member: member[2])  # max keeps the first of equals
+        if self._book.keys() != {member[0] for member in candidates} or self._whole != (available is None):
+            self._whole = available is None
+            self._book = {member[0]: member[1] // UNIT for member in candidates}
+        able = [member for member in candidates if self._book[member[0]]]
+        chosen = max(able, key=lambda member: member[2])  # max keeps the first of equals
         chosen[2] -= sum(member[1] for member in candidates)
+        self._book[chosen[0]] -= 1
+        if not any(self._book.values()):
+            self._book = {}
+            for member in candidates:
+                member[2] = 0
         return chosen[0]
 
     def _total(self) -> int:
         return sum(member[1] for member in self._members)
 
     def _rebase(self, total: int, before: int = 0) -> None:
+        self._book = {}
         if not self._members:
             return
         ratio = float(total) / float(before or self._total())

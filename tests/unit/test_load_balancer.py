@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from orchestra import load_balancer
 from orchestra.errors import ConfigurationError
@@ -23,6 +26,7 @@ from orchestra.load_balancer import (
 
 NAMES = ["round_robin", "random", "weighted_round_robin", "least_loaded", "consistent_hash"]
 WORKERS = ["worker1", "worker2", "worker3"]
+BAD = (0, -1, 1.5, math.nan, math.inf, True, "2", None, 10_001, 2**70)
 
 
 @dataclass(eq=False)
@@ -318,6 +322,31 @@ class TestConsistentHash:
         assert Counter(picks(strategy, 9, WORKERS, {"id": "x", "metadata": None})) == dict.fromkeys(WORKERS, 3)
         assert Counter(picks(strategy, 9)) == dict.fromkeys(WORKERS, 3)
 
+    @pytest.mark.parametrize(
+        ("key", "task"),
+        [
+            ("tenant", {"tenant": "a"}),
+            ("tenant", {"metadata": {"tenant": "a"}}),
+            ("tenant", {"input": {"tenant": "a"}, "metadata": {}}),
+            ("input.user.id", {"input": {"user": {"id": "a"}}}),
+            ("tenant", {"tenant": "a", "input": {"tenant": "other"}}),
+        ],
+    )
+    def test_key_of_a_field(self, key, task):
+        strategy, plain = create_load_balancer("consistent_hash", options={"key": key}), ConsistentHashStrategy()
+        assert strategy.select_worker(WORKERS, task) == plain.select_worker(WORKERS, {"affinity_key": "a"})
+
+    @pytest.mark.parametrize("task", [{}, {"input": None}, {"input": "text"}, {"input": {"user": [1]}}, {"x": 1}])
+    def test_a_field_that_is_not_there(self, task):
+        for key in ("tenant", "input.user.id"):
+            strategy = ConsistentHashStrategy(key)
+            assert Counter(picks(strategy, 9, WORKERS, task)) == dict.fromkeys(WORKERS, 3)
+
+    @pytest.mark.parametrize("bad", ["", ".", "a..b", 7, None, ["a"]])
+    def test_bad_key(self, bad):
+        with pytest.raises(ConfigurationError, match=r"ConsistentHashStrategy.key must be"):
+            create_load_balancer("consistent_hash", options={"key": bad})
+
     def test_own_key_and_bad_bound(self):
         strategy = ConsistentHashStrategy(lambda task: task["input"]["user"])
         chosen = set()
@@ -330,7 +359,112 @@ class TestConsistentHash:
                 ConsistentHashStrategy(bound=bad)
 
 
+OFFERS = st.lists(
+    st.tuples(
+        st.sets(st.sampled_from("abcde"), min_size=1),
+        st.dictionaries(st.sampled_from("abcde"), st.integers(1, 9), max_size=2),
+        st.dictionaries(st.sampled_from("abcde"), st.booleans(), max_size=2),
+        st.integers(0, 30),
+    ),
+    min_size=1,
+    max_size=15,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(OFFERS)
+def test_weights_are_exact_while_replicas_come_and_go(changes):
+    """After each change (of offer, weight or health) the very next window of sum(weights) selections is exact."""
+    strategy, weights, ill, before = WeightedRoundRobinStrategy(), {}, set(), None
+    for offer, reweighed, health, more in changes:
+        for worker, weight in reweighed.items():
+            strategy.update_worker_status(worker, {"weight": weight})
+            weights[worker] = weight
+        for worker, healthy in health.items():
+            strategy.update_worker_status(worker, {"healthy": healthy})
+            ill = ill - {worker} if healthy else ill | {worker}
+        wanted = {worker: weights.get(worker, 1) for worker in offer - ill}
+        total = sum(wanted.values())
+        if not wanted:
+            assert strategy.select_worker(sorted(offer)) is None
+        elif wanted != before:
+            assert Counter(picks(strategy, total, sorted(offer))) == Counter(wanted)
+            later = picks(strategy, 2 * total, sorted(offer))
+            assert all(Counter(later[start : start + total]) == Counter(wanted) for start in range(total))
+        if wanted:
+            picks(strategy, more, sorted(offer))
+            before = wanted
+
+
+def test_weights_change_while_sixteen_threads_select():
+    """Nobody is lost or doubled, and with the last weights every window is exact again."""
+    strategy, counts, lock = WeightedRoundRobinStrategy(), Counter(), threading.Lock()
+    start = threading.Barrier(16)
+
+    def run(number):
+        start.wait(10)
+        mine = Counter()
+        for turn in range(300):
+            if number < 4:
+                strategy.update_worker_status(WORKERS[turn % 3], {"weight": 1 + (turn + number) % 7, "capacity": 5})
+            mine[strategy.select_worker(WORKERS)] += 1
+        with lock:
+            counts.update(mine)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counts.total() == 16 * 300
+    assert set(counts) == set(WORKERS)
+    for worker, weight in zip(WORKERS, (3, 1, 2), strict=True):
+        strategy.set_worker_weight(worker, weight)
+    assert Counter(picks(strategy, 60)) == {"worker1": 30, "worker2": 10, "worker3": 20}
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        *(
+            ("weighted_round_robin", {"weight": bad}, "weight must be a whole number from 1 to 10000, got")
+            for bad in BAD
+        ),
+        *(
+            ("least_loaded", {"capacity": bad}, "capacity must be a whole number of tasks from 0 to 10000")
+            for bad in BAD[1:]
+        ),
+        *(
+            ("least_loaded", {"load": bad}, "load must be a number of tasks, 0 or more")
+            for bad in (-1, math.nan, True, "1")
+        ),
+        *(("random", {"healthy": bad}, "healthy must be True or False, got") for bad in (1, 0, None, "yes")),
+        *(("round_robin", bad, "worker status must be a dict") for bad in (None, 7, "weight", [("weight", 1)])),
+    ],
+)
+def test_bad_status_table(name, status, message):
+    with pytest.raises(ValueError, match=message):
+        create_load_balancer(name).update_worker_status("a", status)
+
+
 class TestRegistry:
+    @pytest.mark.parametrize(
+        ("name", "options", "message"),
+        [
+            ("round_robin", {"seed": 1}, "strategy 'round_robin' has no option 'seed'; options are none"),
+            ("consistent_hash", {"field": "x"}, "has no option 'field'; options are key, bound"),
+            ("random", ["seed"], "options must be a dict"),
+            ("consistent_hash", {"bound": 0.5}, "ConsistentHashStrategy.bound must be a number, above 1"),
+        ],
+    )
+    def test_bad_options(self, name, options, message):
+        with pytest.raises(ConfigurationError, match=message):
+            create_load_balancer(name, options=options)
+
+    def test_options_reach_the_strategy(self):
+        one, other = (create_load_balancer("random", options={"seed": 5}) for _ in range(2))
+        assert picks(one, 30) == picks(other, 30)
+
     def test_default_is_round_robin(self):
         assert isinstance(create_load_balancer(), RoundRobinStrategy)
 
