@@ -18,6 +18,20 @@ class TaskHeap:
             OverflowError: ``priority`` does not fit 64 signed bits.
         """
 
+    @property
+    def arrivals(self) -> int:
+        """How many objects were pushed so far: the next one's place in the order of arrival."""
+
+    def insert(self, priority: int, sequence: int, obj: Any) -> None:
+        """Add ``obj`` as if it had arrived as number ``sequence`` (from 0), which may be in the heap already. O(log n).
+
+        Of two entries with the same priority and sequence either may come first.
+
+        Raises:
+            TypeError, OverflowError: as :meth:`push`.
+            ValueError: there were not so many arrivals yet.
+        """
+
     def pop(self) -> Any:
         """Remove and return the next object. O(log n). Raises IndexError when empty."""
 
@@ -33,6 +47,9 @@ class TaskHeap:
         Raises:
             ValueError: ``count`` is negative.
         """
+
+    def entries(self) -> list[tuple[int, int, Any]]:
+        """All as ``(priority, sequence, object)``, which stay, in no order: what :meth:`insert` takes. O(n)."""
 
     def clear(self) -> int:
         """Drop everything and return how many there were. A ``__del__`` that runs meanwhile finds an empty heap."""

@@ -73,6 +73,25 @@ cdef class TaskHeap:
         self._objects[place] = obj
         self._sift_up(rank, place)
 
+    @property
+    def arrivals(self):
+        return self._sequence
+
+    def insert(self, priority, uint64_t sequence, obj):
+        cdef Entry entry
+        if not PyLong_Check(priority):
+            raise TypeError(f"priority must be an int, got {type(priority).__name__}")
+        entry.priority = priority
+        entry.sequence = sequence
+        if sequence >= self._sequence:  # a later arrival would get the same one
+            raise ValueError(f"insert: sequence must be one of the {self._sequence} arrivals so far, got {sequence}")
+        if self._size == self._capacity:
+            self._grow()
+        self._check()
+        entry.place = self._entries[self._size].place
+        self._objects[entry.place] = obj
+        self._rise(entry)
+
     def pop(self):
         if self._size == 0:
             raise IndexError("pop from an empty TaskHeap")
@@ -111,6 +130,18 @@ cdef class TaskHeap:
         self._shrink()
         if taken < PyList_GET_SIZE(out):  # a collection during the allocation ran code that popped
             del out[taken:]
+        return out
+
+    def entries(self):
+        cdef Py_ssize_t i
+        cdef Entry *entry
+        cdef list out = []
+        for i in range(self._size):
+            self._check()
+            if i >= self._size:  # a collection during an allocation ran code that popped
+                break
+            entry = &self._entries[i]
+            out.append((entry.priority, entry.sequence, <object> PyList_GET_ITEM(self._objects, entry.place)))
         return out
 
     def clear(self):
@@ -184,6 +215,20 @@ cdef class TaskHeap:
         entries[hole].sequence = self._sequence
         entries[hole].place = place
         self._sequence += 1
+        self._size += 1
+
+    cdef void _rise(self, Entry entry) noexcept:
+        # As _sift_up, for an entry that may be older than those it passes.
+        cdef Entry *entries = self._entries
+        cdef Py_ssize_t hole = self._size
+        cdef Py_ssize_t parent
+        while hole > 0:
+            parent = (hole - 1) // ARITY
+            if not _before(&entry, &entries[parent]):
+                break
+            entries[hole] = entries[parent]
+            hole = parent
+        entries[hole] = entry
         self._size += 1
 
     cdef object _take(self):

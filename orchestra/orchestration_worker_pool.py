@@ -12,21 +12,28 @@ counts, measures; knows nothing of queues or agents. One event loop; not thread-
 from __future__ import annotations
 
 import asyncio
-import bisect
-import heapq
-import itertools
 import logging
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from orchestra import telemetry
+from orchestra._pool_jobs import Job, JobQueue, check_job, checked_limits
+from orchestra._pool_metrics import Histogram, OrchestrationWorkerPoolMetrics
 from orchestra.errors import WorkerPoolError
 from orchestra.tasks import Outcome, TaskPriority, check_name, require_int, require_number
+
+__all__ = [
+    "Histogram",
+    "OrchestrationWorkerPoolConfig",
+    "OrchestrationWorkerPoolMetrics",
+    "QueueWorkerPool",
+    "Slot",
+    "Source",
+]
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -43,74 +50,58 @@ class OrchestrationWorkerPoolConfig:
     ``workers``: worker coroutines, 1 to 100,000, made on demand. ``max_concurrent_tasks``: jobs running at once; the
     smaller of the two counts. ``max_queue_size``: jobs waiting in the pool's own queue, 0 for no limit.
     ``shutdown_timeout``: seconds that ``shutdown(wait=True)`` waits for running jobs before it cancels them.
+    ``per_type``: kind of job → how many of that kind run at once, 1 to 100,000 each; other kinds have no limit but those
+    of the pool. A full kind blocks no other.
     """
 
     workers: int = 100
     max_queue_size: int = 10_000
     max_concurrent_tasks: int = 100
     shutdown_timeout: float = 30.0
+    per_type: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require_int("OrchestrationWorkerPoolConfig.workers", self.workers, 1, 100_000)
+        require_int("OrchestrationWorkerPoolConfig.workers", self.workers, 1, 100_000, unit="workers")
         require_int("OrchestrationWorkerPoolConfig.max_queue_size", self.max_queue_size, 0, 1 << 31, unit="jobs")
-        require_int("OrchestrationWorkerPoolConfig.max_concurrent_tasks", self.max_concurrent_tasks, 1, 100_000)
+        require_int(
+            "OrchestrationWorkerPoolConfig.max_concurrent_tasks", self.max_concurrent_tasks, 1, 100_000, unit="tasks"
+        )
         require_number(
             "OrchestrationWorkerPoolConfig.shutdown_timeout", self.shutdown_timeout, 0.0, 86_400.0, unit="seconds"
         )
-
-
-class Histogram:
-    """Durations in 96 logarithmic buckets from 1 µs to about 36 hours; percentiles are exact to 30 %."""
-
-    BASE, PER_DOUBLING, BUCKETS = 1e-6, 2.6, 96
-
-    def __init__(self) -> None:
-        self._counts = [0] * self.BUCKETS
-        self.count = 0
-        self.total = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count one duration."""
-        self.count += 1
-        self.total += seconds
-        scaled = seconds / self.BASE
-        index = 0 if scaled <= 1.0 else min(self.BUCKETS - 1, int(self.PER_DOUBLING * math.log2(scaled)))
-        self._counts[index] += 1
-
-    def percentile(self, q: float) -> float:
-        """Seconds below which a share ``q`` (0 to 1) of the durations lies; 0 when there are none."""
-        if not self.count:
-            return 0.0
-        below = list(itertools.accumulate(self._counts))
-        index = min(bisect.bisect_left(below, q * self.count), self.BUCKETS - 1)
-        return float(self.BASE * 2 ** ((index + 1) / self.PER_DOUBLING))
-
-
-@dataclass(slots=True)
-class OrchestrationWorkerPoolMetrics:
-    """What a pool has done and does. Counters only grow; gauges are of this moment."""
-
-    active_workers: int = 0
-    """Worker coroutines that exist."""
-    running_tasks: int = 0
-    """Jobs being run, of all sources."""
-    queued_tasks: int = 0
-    """Jobs waiting in the pool's own queue."""
-    submitted: int = 0
-    completed: int = 0
-    failed: int = 0
-    """Submitted jobs that raised."""
-    cancelled: int = 0
-    rejected: int = 0
-    """Jobs refused because the queue was full or the pool shut down."""
+        object.__setattr__(self, "per_type", checked_limits("OrchestrationWorkerPoolConfig.per_type", self.per_type))
 
 
 class Slot:
-    """One worker coroutine. ``deadline`` (monotonic seconds) and ``why`` belong to ``source``, whose ``item`` it runs."""
+    """One worker coroutine. What it carries of ``item`` belongs to ``source``.
 
-    __slots__ = ("deadline", "item", "source", "task", "waiter", "why")
+    ``deadline``: when to interrupt it, monotonic seconds; ``final``: no retry follows, that deadline is the task's.
+    ``replica``, ``balancer``, ``era``: who runs it, who chose him, and the state of his breaker then.
+    ``why`` it was interrupted, at ``interrupted_at``. ``abandoned``: given up by :meth:`QueueWorkerPool.abandon`.
+    """
+
+    __slots__ = (
+        "abandoned",
+        "balancer",
+        "deadline",
+        "era",
+        "final",
+        "interrupted_at",
+        "item",
+        "replica",
+        "source",
+        "task",
+        "waiter",
+        "why",
+    )
 
     def __init__(self) -> None:
+        self.abandoned = False
+        self.final = False
+        self.interrupted_at = 0.0
+        self.replica: Any = None
+        self.balancer: Any = None
+        self.era: int | None = None
         self.task: asyncio.Task[None] | None = None
         self.waiter: asyncio.Future[None] | None = None
         self.item: Any = None
@@ -122,6 +113,7 @@ class Slot:
         """Cancel the item that runs here; ``why`` tells its source what the CancelledError means."""
         if self.item is not None and self.why is None and self.task is not None:
             self.why = why
+            self.interrupted_at = time.monotonic()
             self.task.cancel()
 
 
@@ -129,7 +121,9 @@ class Source(Protocol[Item]):
     """Where workers find work.
 
     ``run_item`` must not raise, except CancelledError when the pool itself is cancelled. An interruption reaches it as
-    a CancelledError with ``slot.why`` set; it swallows that, and the pool takes the cancellation back.
+    a CancelledError with ``slot.why`` set; it swallows that, and the pool takes the cancellation back. A source that
+    has seen an interruption ignored may :meth:`~QueueWorkerPool.abandon` the slot, and then ignores what comes of it.
+    A source that has ``capacity_changed()`` is told when more or fewer items can run at once.
     """
 
     def take_nowait(self) -> Item | None:
@@ -137,17 +131,6 @@ class Source(Protocol[Item]):
 
     async def run_item(self, item: Item, slot: Slot) -> None:
         """Run it to its end."""
-
-
-class _Job(Generic[T]):
-    __slots__ = ("args", "func", "future", "kwargs", "queued_at")
-
-    def __init__(
-        self, func: Callable[..., Coroutine[Any, Any, T]], args: Any, kwargs: Any, future: asyncio.Future[T]
-    ) -> None:
-        self.func, self.args, self.kwargs = func, args, kwargs
-        self.future = future
-        self.queued_at = time.monotonic()
 
 
 class QueueWorkerPool:
@@ -165,12 +148,17 @@ class QueueWorkerPool:
         self.name = check_name("pool name", name)
         self.config = config or OrchestrationWorkerPoolConfig()
         self.concurrency = min(self.config.workers, self.config.max_concurrent_tasks)
+        self.capacity = self.concurrency
+        """Items that can run at once now: the concurrency, less what stuck slots beyond as many again take away."""
         self.metrics = OrchestrationWorkerPoolMetrics()
-        self.wait_times, self.run_times = Histogram(), Histogram()
-        self._jobs: list[tuple[int, int, _Job[Any]]] = []
-        self._order = itertools.count()
+        self.wait_times, self.run_times = self.metrics.wait_times, self.metrics.run_times
+        self.measuring = False
+        """Whether somebody wants the run times of what other sources run, too; set by a worker manager."""
+        self._jobs = JobQueue(self.config.per_type, self._dropped)
         self._sources: list[Source[Any]] = [self]
         self.slots: set[Slot] = set()
+        self.stuck: set[Slot] = set()
+        """Slots whose item ignores its cancellation; others have taken their places."""
         self._idle: deque[Slot] = deque()
         self._changed: asyncio.Event | None = None
         self._closed = False
@@ -185,17 +173,24 @@ class QueueWorkerPool:
         *args: Any,
         priority: int = TaskPriority.NORMAL,
         timeout: float | None = 0.0,
+        kind: str | None = None,
         **kwargs: Any,
     ) -> asyncio.Future[T]:
-        """Queue ``func(*args, **kwargs)`` and return the future of its result.
+        """Queue ``func(*args, **kwargs)`` and return the future of its result. O(log n).
 
         ``timeout``: seconds to wait for room in a full queue; 0 refuses at once, None waits as long as it takes.
+        ``kind``: what sort of job it is, for the limits of ``OrchestrationWorkerPoolConfig.per_type``.
 
         Raises:
             WorkerPoolError: the pool is shut down, or its queue stayed full.
+            ConfigurationError: ``timeout`` is negative or no number, ``priority`` no int, or ``kind`` no str.
         """
+        if timeout is not None:
+            require_number("submit(timeout)", timeout, 0.0, 366 * 86_400.0, unit="seconds (or None)")
         if len(self._jobs) >= (self.config.max_queue_size or len(self._jobs) + 1) and not self._closed:
             await self._wait_for_room(timeout)
+        if kind is not None:
+            kwargs["kind"] = kind  # only where it is used: a subclass may know nothing of it
         return self.submit_nowait(func, *args, priority=priority, **kwargs)
 
     def submit_nowait(
@@ -203,9 +198,11 @@ class QueueWorkerPool:
         func: Callable[..., Coroutine[Any, Any, T]],
         *args: Any,
         priority: int = TaskPriority.NORMAL,
+        kind: str | None = None,
         **kwargs: Any,
     ) -> asyncio.Future[T]:
         """:meth:`submit` without waiting for room."""
+        check_job(priority, kind)
         if self._closed:
             self.metrics.rejected += 1
             raise WorkerPoolError(f"worker pool {self.name!r} is shut down; make a new one")
@@ -216,7 +213,7 @@ class QueueWorkerPool:
                 f"worker pool {self.name!r} has {limit} jobs queued, its max_queue_size; submit later"
             )
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._jobs, (priority, next(self._order), _Job(func, args, kwargs, future)))
+        self._jobs.push(priority, Job(func, args, kwargs, future, kind))
         self.metrics.submitted += 1
         self.metrics.queued_tasks = len(self._jobs)
         self.wake()
@@ -234,18 +231,19 @@ class QueueWorkerPool:
 
     # -- the pool's own queue, as a source
 
-    def take_nowait(self) -> _Job[Any] | None:
-        """The most urgent job that is still wanted."""
-        while self._jobs:
-            job = heapq.heappop(self._jobs)[2]
-            self.metrics.queued_tasks = len(self._jobs)
-            self._note_change()
-            if not job.future.done():
-                return job
-            self.metrics.cancelled += 1
-        return None
+    def take_nowait(self) -> Job[Any] | None:
+        """The most urgent job that is still wanted and whose kind has room."""
+        if not len(self._jobs):
+            return None
+        job = self._jobs.pop()
+        self.metrics.queued_tasks = len(self._jobs)
+        self._note_change()
+        return job
 
-    async def run_item(self, item: _Job[Any], slot: Slot) -> None:
+    def _dropped(self) -> None:
+        self.metrics.cancelled += 1
+
+    async def run_item(self, item: Job[Any], slot: Slot) -> None:
         """Run a job and resolve its future. Cancelling the future cancels the job."""
         began = time.monotonic()
         self.wait_times.add(began - item.queued_at)
@@ -279,6 +277,8 @@ class QueueWorkerPool:
                 future.set_result(result)
         finally:
             self.run_times.add(time.monotonic() - began)
+            if item.kind is not None and self._jobs.ended(item):
+                self.wake()
 
     # -- workers
 
@@ -298,7 +298,7 @@ class QueueWorkerPool:
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
                 return
-        if len(self.slots) < self.concurrency:
+        if len(self.slots) < self.capacity:
             self._spawn()
 
     def _spawn(self) -> None:
@@ -318,7 +318,7 @@ class QueueWorkerPool:
                 self.wake()
 
     def _take(self) -> tuple[Source[Any], Any] | None:
-        if self.metrics.running_tasks < self.concurrency:
+        if self.metrics.running_tasks < self.capacity:
             for source in self._sources:
                 item = source.take_nowait()
                 if item is not None:
@@ -330,7 +330,7 @@ class QueueWorkerPool:
         task = slot.task
         assert task is not None
         woken = True
-        while len(self.slots) <= self.concurrency and not task.cancelling():
+        while len(self.slots) <= self.capacity and not task.cancelling():
             if clock() >= self._turn_ends and not await self._breathe():
                 continue
             found = self._take()
@@ -348,14 +348,50 @@ class QueueWorkerPool:
             try:
                 await source.run_item(item, slot)
             finally:
-                metrics.running_tasks -= 1
+                if slot.abandoned:
+                    self._recovered(slot)
+                else:
+                    metrics.running_tasks -= 1
                 if slot.why is not None:
                     task.uncancel()  # an interruption is one cancellation; whatever the item made of it, it is over
                 slot.item = slot.source = slot.why = slot.deadline = None
-        surplus = len(self.slots) > self.concurrency
+            if slot.abandoned:
+                return  # another has its place
+        surplus = len(self.slots) > self.capacity
         self.slots.discard(slot)  # now, not when the task is done: the next worker to look counts those that stay
         if surplus and not task.cancelling():
             self.wake()  # a surplus worker was woken instead of one that stays
+
+    # -- items that do not end
+
+    def abandon(self, slot: Slot) -> bool:
+        """Give up the interrupted item of ``slot``, which does not end, and let another worker take its place.
+
+        What its ``run_item`` does from now on is not counted. True while capacity is kept: that is so for as many stuck
+        slots as the pool has places; each one beyond takes a place away until its item ends.
+        """
+        slot.abandoned = True
+        self.slots.discard(slot)
+        self.stuck.add(slot)
+        self.metrics.running_tasks -= 1
+        self._count_stuck()
+        self.wake()
+        return self.capacity == self.concurrency
+
+    def _recovered(self, slot: Slot) -> None:
+        self.stuck.discard(slot)
+        self._count_stuck()
+        if not self._closed:
+            self.wake()
+
+    def _count_stuck(self) -> None:
+        self.metrics.stuck_tasks = len(self.stuck)
+        self.metrics.active_workers = len(self.slots)
+        self.capacity = max(0, self.concurrency - max(0, len(self.stuck) - self.concurrency))
+        for source in self._sources:
+            if (told := getattr(source, "capacity_changed", None)) is not None:
+                told()
+        self._note_change()
 
     async def _breathe(self) -> bool:
         """Begin a new turn; False for a worker that has to wait for it."""
@@ -386,8 +422,9 @@ class QueueWorkerPool:
 
     def resize(self, concurrency: int) -> None:
         """Run up to ``concurrency`` items at once from now on; surplus workers end after their present item."""
-        require_int("concurrency", concurrency, 1, 100_000)
+        require_int("concurrency", concurrency, 1, 100_000, unit="tasks")
         old, self.concurrency = self.concurrency, concurrency
+        self._count_stuck()
         telemetry.emit("pool.resized", {"old": old, "new": concurrency}, {"pool": self.name})
         self.wake()
 
@@ -405,7 +442,7 @@ class QueueWorkerPool:
 
     async def join(self) -> None:
         """Wait until the pool's own queue is empty and nothing runs."""
-        while self._jobs or self.metrics.running_tasks:
+        while len(self._jobs) or self.metrics.running_tasks:
             await self._next_change()
 
     async def shutdown(self, wait: bool = True, timeout: float | None = None) -> None:
@@ -421,18 +458,20 @@ class QueueWorkerPool:
                     await self.join()
             except TimeoutError:
                 logger.warning("pool %s: %d jobs did not finish in time", self.name, self.metrics.running_tasks)
-        for _, _, job in self._jobs:
+        for job in self._jobs.clear():
             job.future.cancel()
-        self._jobs.clear()
         self.metrics.queued_tasks = 0
         self._note_change()
         tasks = [slot.task for slot in self.slots if slot.task is not None and slot.task is not asyncio.current_task()]
+        for slot in self.stuck:  # they have been waited for already
+            if slot.task is not None and slot.task is not asyncio.current_task():
+                slot.task.cancel()
         for task in tasks:
             task.cancel()
         if tasks:
             _, stuck = await asyncio.wait(tasks, timeout=1.0)
             for slot in self.slots:
-                if slot.task in stuck and isinstance(slot.item, _Job):
+                if slot.task in stuck and isinstance(slot.item, Job):
                     slot.item.future.cancel()
             if stuck:
                 logger.error("pool %s: %d jobs ignore their cancellation and are left behind", self.name, len(stuck))

@@ -1,7 +1,8 @@
-"""Watches a worker pool and recommends a size for it.
+"""Watches a worker pool, recommends a size for it, and resizes it if it is told to.
 
-Owns sampling and the recommendation; refuses to act on it: resizing is the decision of whoever reads
-``last_recommendation`` or listens to ``manager.recommendation``.
+Owns sampling, the rates that follow from the samples, and the recommendation as a value with its reasons; the arithmetic
+is ``_scaling``'s. Acts only with ``autoscale``: else resizing is the decision of whoever reads ``last_recommendation`` or
+listens to ``manager.recommendation``.
 Two background loops (sample, evaluate) belong to the service; what is sampled may fail without ending them.
 One event loop only; not thread-safe.
 """
@@ -10,28 +11,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections import deque
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from orchestra import telemetry
 from orchestra._clock import SYSTEM_CLOCK, Clock
 from orchestra._lifecycle import Service
-from orchestra.errors import ConfigurationError
+from orchestra._pool_metrics import Histogram
+from orchestra._scaling import Demand, Scaler, ScalingPolicy
 from orchestra.tasks import require_int, require_number
 
 logger = logging.getLogger("orchestra.worker_manager")
 
-MAX_STEP = 2.0
-"""A recommendation at most doubles or halves the pool: one window says little about what lies beyond."""
-
-TARGET = 0.6
-"""Utilisation that a smaller pool would have at the highest load seen: between the two thresholds, so sizes settle."""
-
 
 @runtime_checkable
 class ObservedPool(Protocol):
-    """What is sampled. ``concurrency``, how many tasks may run at once, is used too where the pool has it."""
+    """What is sampled. Of a :class:`~orchestra.orchestration_worker_pool.QueueWorkerPool` also ``concurrency``, how many
+    tasks may run at once, and ``run_times`` and ``wait_times``; ``resize`` is called with ``autoscale``.
+    """
 
     def get_active_workers(self) -> int:
         """Worker tasks alive."""
@@ -45,7 +42,9 @@ class ObservedPool(Protocol):
 
 @runtime_checkable
 class ObservedQueue(Protocol):
-    """A task queue, as far as it is sampled."""
+    """A task queue, as far as it is sampled. Where it has ``stats()``, that is asked instead: it tells what waits now
+    from what is delayed until later.
+    """
 
     async def get_queue_depth(self) -> int:
         """Tasks that are not terminal."""
@@ -53,7 +52,8 @@ class ObservedQueue(Protocol):
 
 class PoolSample(NamedTuple):
     """One look at the pool. ``at``: monotonic seconds; ``depth``: live tasks of the queue, None without a queue or when
-    it could not be asked; ``size``: how many tasks could run at once.
+    it could not be asked; ``size``: how many tasks could run at once; ``waiting``: tasks of the queue that wait in a lane;
+    ``ended``: tasks that ended so far. None is unknown.
     """
 
     at: float
@@ -62,6 +62,8 @@ class PoolSample(NamedTuple):
     queued: int
     running: int
     depth: int | None
+    waiting: int | None = None
+    ended: int | None = None
 
     @property
     def utilisation(self) -> float:
@@ -71,11 +73,17 @@ class PoolSample(NamedTuple):
     @property
     def backlog(self) -> int:
         """Tasks known to wait: submitted ones, and those of the queue beyond what runs here."""
+        if self.waiting is not None:
+            return self.queued + self.waiting
         return self.queued + max(0, (self.depth or 0) - self.running - self.queued)
 
 
 class ScalingRecommendation(NamedTuple):
-    """What the pool's size should be, and why. ``utilisation``: mean of the window; ``backlog``: the last seen."""
+    """What the pool's size should be, and why. ``utilisation``: mean of the window; ``backlog``: the last seen.
+
+    ``arrival_rate``, ``throughput``: tasks a second that came and that ended; ``run_time``: mean seconds;
+    ``wait_p95``: seconds that 95 % of submitted jobs waited at the most. None is unknown.
+    """
 
     at: float
     current: int
@@ -84,6 +92,10 @@ class ScalingRecommendation(NamedTuple):
     utilisation: float
     backlog: int
     samples: int
+    arrival_rate: float | None = None
+    throughput: float | None = None
+    run_time: float | None = None
+    wait_p95: float | None = None
 
     @property
     def change(self) -> int:
@@ -94,15 +106,22 @@ class ScalingRecommendation(NamedTuple):
 class WorkerManager(Service):
     """Samples ``worker_pool`` and its ``queue``, and recommends a size between ``min_workers`` and ``max_workers``.
 
-    More is recommended when the mean utilisation since the last evaluation is ``scale_up_at`` or above and work waited
-    in every sample; less when even the highest stayed at ``scale_down_at`` or below and none waited. Between the two
-    nothing changes. ``monitor_interval``, ``scale_check_interval``: seconds between samples and between evaluations,
-    > 0, at most a day. ``history``: the last ``history_size`` recommendations, oldest first.
-    Cost: one ``get_queue_depth`` a sample where a queue is given.
+    The size that is needed follows from Little's law: arrival rate times mean run time, over ``target_utilisation``, plus
+    what works the backlog off within ``target_wait`` seconds. More is recommended when the mean utilisation since the last
+    evaluation is ``scale_up_at`` or above and work always waited, or when the backlog would take longer than
+    ``target_wait``; less when the utilisation was ``scale_down_at`` or below, or three quarters are enough. One change is at most by ``max_step`` times,
+    and comes no sooner than ``cooldown_up``, ``cooldown_down`` seconds after the last one; a smaller size must have been
+    enough during all of ``cooldown_down``. Of a pool that tells no run times only utilisation and backlog are used.
+
+    ``autoscale``: resize the pool as recommended. A dispatcher that was given the pool runs up to its
+    ``max_concurrent_dispatch`` at once, whatever the pool's size: give it ``max_workers``.
+    ``monitor_interval``, ``scale_check_interval``: seconds between samples and between evaluations, > 0, at most a day.
+    ``history``: the last ``history_size`` recommendations, oldest first.
+    Cost: one question to the queue a sample, where one is given; 0.2 µs a task while it runs.
 
     Raises:
         ConfigurationError: a number is out of range.
-        TypeError: ``worker_pool`` or ``queue`` cannot be observed.
+        TypeError: ``worker_pool`` or ``queue`` cannot be observed, or ``worker_pool`` not resized.
     """
 
     def __init__(
@@ -112,10 +131,16 @@ class WorkerManager(Service):
         scale_check_interval: float = 60,
         *,
         queue: ObservedQueue | None = None,
+        autoscale: bool = False,
         min_workers: int = 1,
         max_workers: int = 1000,
+        target_utilisation: float = 0.6,
+        target_wait: float = 10.0,
         scale_up_at: float = 0.8,
         scale_down_at: float = 0.3,
+        max_step: float = 2.0,
+        cooldown_up: float = 0.0,
+        cooldown_down: float = 300.0,
         history_size: int = 100,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -125,19 +150,35 @@ class WorkerManager(Service):
         if queue is not None and not isinstance(queue, ObservedQueue):
             raise TypeError(f"queue must have get_queue_depth(), got {queue!r}")
         _check_intervals(monitor_interval, scale_check_interval)
-        _check_bounds(min_workers, max_workers, scale_up_at, scale_down_at)
         require_int("history_size", history_size, 1, 100_000, unit="recommendations")
+        self.policy = ScalingPolicy(
+            min_workers=min_workers,
+            max_workers=max_workers,
+            target_utilisation=target_utilisation,
+            target_wait=target_wait,
+            scale_up_at=scale_up_at,
+            scale_down_at=scale_down_at,
+            max_step=max_step,
+            cooldown_up=cooldown_up,
+            cooldown_down=cooldown_down,
+        )
+        self.autoscale = autoscale
+        if autoscale:
+            _check_resizable(worker_pool, min_workers, max_workers)
         self._pool, self._queue = worker_pool, queue
         self.monitor_interval, self.scale_check_interval = float(monitor_interval), float(scale_check_interval)
-        self.min_workers, self.max_workers = min_workers, max_workers
-        self.scale_up_at, self.scale_down_at = scale_up_at, scale_down_at
         self.history: deque[ScalingRecommendation] = deque(maxlen=history_size)
         self.last_sample: PoolSample | None = None
         self.last_error: Exception | None = None
-        """What the last sample ran into; None when it succeeded."""
+        """What the last sample or resize ran into; None when it succeeded."""
         self.errors = 0
-        """Samples that ran into an error, since the manager exists."""
+        """Samples and resizes that ran into an error, since the manager exists."""
         self._window: deque[PoolSample] = deque(maxlen=1000)
+        self._before: PoolSample | None = None  # the last one of the window before
+        self._runs: Histogram | None = None  # as it was then
+        self._waits: Histogram | None = None
+        self._run_time: float | None = None
+        self._scaler = Scaler(self.policy)
         self._clock = clock
 
     @property
@@ -152,9 +193,9 @@ class WorkerManager(Service):
 
     async def sample(self) -> PoolSample | None:
         """Look at the pool and the queue now; None, and one log line a streak, when the pool cannot be observed."""
-        depth, error = await self._depth()
+        depth, waiting, error = await self._depth()
         try:
-            sample = self._look(depth)
+            sample = self._look(depth, waiting)
         except Exception as caught:  # noqa: BLE001 - the pool is foreign code, whatever it raises is a finding
             self._note(caught)
             return None
@@ -164,20 +205,44 @@ class WorkerManager(Service):
         return sample
 
     def evaluate(self) -> ScalingRecommendation | None:
-        """Recommend a size from the samples since the last evaluation; None when there are none."""
+        """Recommend a size from the samples since the last evaluation; None when there are none. Changes nothing."""
         if not self._window:
             return None
         samples = list(self._window)
         self._window.clear()
-        last = samples[-1]
-        load = sum(sample.utilisation for sample in samples) / len(samples)
-        size, reason = self._decide(samples, load)
+        demand = self._demand(samples)
+        size, reason = self._scaler.decide(demand)
         advice = ScalingRecommendation(
-            self._clock.monotonic(), last.size, size, reason, load, last.backlog, len(samples)
+            demand.at,
+            demand.size,
+            size,
+            reason,
+            demand.load,
+            demand.backlog,
+            len(samples),
+            demand.arrival_rate,
+            demand.throughput,
+            demand.run_time,
+            self._wait_p95(),
         )
+        self._before = samples[-1]
         self.history.append(advice)
         self._announce(advice)
         return advice
+
+    def apply(self, advice: ScalingRecommendation) -> bool:
+        """Resize the pool as recommended: it grows at once, and shrinks as its present items end.
+
+        False when there is nothing to change, or the pool refused; that is logged, and in ``last_error``.
+        """
+        if not advice.change:
+            return False
+        try:
+            self._pool.resize(advice.recommended)  # type: ignore[attr-defined]  # _check_resizable
+        except Exception as error:  # noqa: BLE001 - foreign code
+            self._note(error, "resize")
+            return False
+        return True
 
     # -- inside
 
@@ -194,21 +259,33 @@ class WorkerManager(Service):
     async def _scale(self) -> None:
         while True:
             await asyncio.sleep(self.scale_check_interval)
-            self.evaluate()
+            advice = self.evaluate()
+            if advice is not None and self.autoscale:
+                self.apply(advice)
 
-    async def _depth(self) -> tuple[int | None, Exception | None]:
-        """The queue's depth, or why it is unknown: a queue that cannot be asked does not hide the pool."""
+    async def _stop(self) -> None:
+        if hasattr(self._pool, "measuring"):
+            self._pool.measuring = False
+
+    async def _depth(self) -> tuple[int | None, int | None, Exception | None]:
+        """The queue's depth and how many of it wait; or why that is unknown: it does not hide the pool."""
         if self._queue is None:
-            return None, None
+            return None, None, None
         try:
-            return int(await self._queue.get_queue_depth()), None
+            if (ask := getattr(self._queue, "stats", None)) is not None:
+                stats = await ask()
+                return int(stats.live), int(sum(stats.waiting)), None
+            return int(await self._queue.get_queue_depth()), None, None
         except Exception as error:  # noqa: BLE001 - foreign code
-            return None, error
+            return None, None, error
 
-    def _look(self, depth: int | None) -> PoolSample:
+    def _look(self, depth: int | None, waiting: int | None) -> PoolSample:
         pool = self._pool
         active = pool.get_active_workers()
         size = getattr(pool, "concurrency", None)
+        runs = getattr(pool, "run_times", None)
+        if getattr(pool, "measuring", None) is False:
+            pool.measuring = True  # type: ignore[attr-defined]
         return PoolSample(
             at=self._clock.monotonic(),
             size=size if type(size) is int else active,
@@ -216,34 +293,63 @@ class WorkerManager(Service):
             queued=pool.get_queue_size(),
             running=pool.get_running_tasks(),
             depth=depth,
+            waiting=waiting,
+            ended=runs.count if isinstance(runs, Histogram) else None,
         )
 
-    def _note(self, error: Exception | None) -> None:
+    def _demand(self, samples: list[PoolSample]) -> Demand:
+        last = samples[-1]
+        loads = [sample.utilisation for sample in samples]
+        backlogs = [sample.backlog for sample in samples]
+        arrived, ended = self._rates(self._before or samples[0], last)
+        self._measure_runs()
+        return Demand(
+            at=last.at,
+            size=last.size,
+            load=sum(loads) / len(loads),
+            peak_load=max(loads),
+            peak_running=max(sample.running for sample in samples),
+            backlog=last.backlog,
+            waited=min(backlogs),
+            most_waited=max(backlogs),
+            arrival_rate=arrived,
+            throughput=ended,
+            run_time=self._run_time,
+        )
+
+    def _rates(self, first: PoolSample, last: PoolSample) -> tuple[float | None, float | None]:
+        """Tasks a second that came, and that ended. What came has either ended or is still there."""
+        passed = last.at - first.at
+        if passed <= 0.0 or first.ended is None or last.ended is None:
+            return None, None
+        ended = (last.ended - first.ended) / passed
+        more = last.backlog + last.running - first.backlog - first.running
+        return max(0.0, ended + more / passed), ended
+
+    def _measure_runs(self) -> None:
+        runs = getattr(self._pool, "run_times", None)
+        if not isinstance(runs, Histogram):
+            return
+        lately = runs.since(self._runs) if self._runs is not None else runs
+        if lately.count:  # else what was known holds on: long tasks end rarely
+            self._run_time = lately.mean
+        self._runs = runs.copy()
+
+    def _wait_p95(self) -> float | None:
+        waits = getattr(self._pool, "wait_times", None)
+        if not isinstance(waits, Histogram):
+            return None
+        lately = waits.since(self._waits) if self._waits is not None else waits
+        p95 = lately.percentile(0.95) if lately.count else None
+        self._waits = waits.copy()
+        return p95
+
+    def _note(self, error: Exception | None, what: str = "observe") -> None:
         if error is not None:
             self.errors += 1
             if self.last_error is None:
-                logger.warning("the worker manager cannot observe %s: %r", self._name, error)
+                logger.warning("the worker manager cannot %s %s: %r", what, self._name, error)
         self.last_error = error
-
-    def _decide(self, samples: list[PoolSample], load: float) -> tuple[int, str]:
-        size = samples[-1].size
-        peak = max(sample.running for sample in samples)
-        waited = min(sample.backlog for sample in samples)
-        idle = max(sample.backlog for sample in samples) == 0
-        if load >= self.scale_up_at and waited > 0:
-            wanted = min(math.ceil(size * MAX_STEP), size + waited)
-            return self._bound(wanted, f"{load:.0%} busy and at least {waited} tasks waited")
-        if idle and max(sample.utilisation for sample in samples) <= self.scale_down_at:
-            wanted = max(math.ceil(size / MAX_STEP), math.ceil(peak / TARGET))
-            return self._bound(min(wanted, size), f"at most {peak} of {size} busy and nothing waited")
-        return self._bound(size, f"{load:.0%} busy, {samples[-1].backlog} waiting: nothing to change")
-
-    def _bound(self, wanted: int, reason: str) -> tuple[int, str]:
-        bounded = min(max(wanted, self.min_workers), self.max_workers)
-        if bounded != wanted:
-            limit = "min_workers" if bounded > wanted else "max_workers"
-            reason = f"{reason} (held at {limit}={bounded})"
-        return bounded, reason
 
     def _announce(self, advice: ScalingRecommendation) -> None:
         level = logging.INFO if advice.change else logging.DEBUG
@@ -265,18 +371,8 @@ def _check_intervals(monitor: float, scale: float) -> None:
     require_number("scale_check_interval", scale, 0.0, 86_400.0, unit="seconds", exclusive=True)
 
 
-def _check_bounds(low: int, high: int, up: float, down: float) -> None:
-    require_int("min_workers", low, 0, 1_000_000, unit="workers")
-    require_int("max_workers", high, 1, 1_000_000, unit="workers")
-    if high < low:
-        raise ConfigurationError(
-            f"max_workers must be at least min_workers, which is {low}, got {high}", field="max_workers", value=high
-        )
-    require_number("scale_up_at", up, 0.0, 1.0, exclusive=True)
-    require_number("scale_down_at", down, 0.0, 1.0)
-    if down >= up:
-        raise ConfigurationError(
-            f"scale_down_at must be below scale_up_at, which is {up!r}, got {down!r}",
-            field="scale_down_at",
-            value=down,
-        )
+def _check_resizable(pool: ObservedPool, low: int, high: int) -> None:
+    if not callable(getattr(pool, "resize", None)):
+        raise TypeError(f"autoscale needs a worker_pool with resize(), got {pool!r}")
+    require_int("min_workers", low, 1, 100_000, unit="workers (with autoscale)")
+    require_int("max_workers", high, 1, 100_000, unit="workers (with autoscale)")

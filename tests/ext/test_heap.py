@@ -37,6 +37,16 @@ class Differential(RuleBasedStateMachine):
         for priority in priorities:
             self.push(priority)
 
+    @rule(priority=st.integers(0, 3), data=st.data())
+    def insert(self, priority, data):
+        """An entry of a sequence that is not in the heap any more: its order is defined."""
+        taken = {sequence for _, sequence, _ in self.theirs.entries()}
+        free = sorted(set(range(self.theirs.arrivals)) - taken)
+        if free:
+            obj, sequence = object(), data.draw(st.sampled_from(free))
+            self.ours.insert(priority, sequence, obj)
+            self.theirs.insert(priority, sequence, obj)
+
     @rule()
     def pop(self):
         if len(self.theirs):
@@ -57,7 +67,8 @@ class Differential(RuleBasedStateMachine):
 
     @invariant()
     def same(self):
-        assert len(self.ours) == len(self.theirs)
+        assert (len(self.ours), self.ours.arrivals) == (len(self.theirs), self.theirs.arrivals)
+        assert {id(obj): at for *at, obj in self.ours.entries()} == {id(obj): at for *at, obj in self.theirs.entries()}
         if len(self.theirs):
             assert self.ours.peek() is self.theirs.peek()
 
@@ -92,6 +103,18 @@ def test_push_refuses_what_is_no_priority(bad, error):
     with pytest.raises(error):
         heap.push(bad, "object")
     assert len(heap) == 0
+
+
+@pytest.mark.parametrize(
+    ("priority", "sequence", "error"),
+    [(1.5, 0, TypeError), (2**63, 0, OverflowError), (1, 1, ValueError), (1, -1, OverflowError), (1, "0", TypeError)],
+)
+def test_insert_refuses_what_is_no_place(priority, sequence, error):
+    heap = TaskHeap()
+    heap.push(0, "first")
+    with pytest.raises(error):
+        heap.insert(priority, sequence, "object")
+    assert heap.entries() == [(0, 0, "first")]
 
 
 def test_none_is_an_object_like_any_other():
