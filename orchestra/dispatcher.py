@@ -2,56 +2,65 @@
 
 Data path: ``read`` (own connection) → scheduler heap → worker pool slot → :class:`~orchestra._execution.Execution` →
 verdicts gathered while the previous batch is being settled → ``settle`` (one round trip a batch).
-Four background loops: read, settle, maintain (promote due tasks, take over dead consumers' deliveries), sweep (timeouts
-without a timer per task). Leases are renewed by a thread. All state belongs to the event loop.
+Four background loops: read, settle, maintain (promote due tasks, take over dead consumers' deliveries, learn of
+cancelled tasks), sweep (timeouts and stuck agents, without a timer per task). Leases are renewed by a thread. All state
+belongs to the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-import weakref
 from collections import Counter
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from orchestra import _identity, telemetry
+from orchestra import _execution, _identity, telemetry
 from orchestra._backoff import Reconnect
-from orchestra._delivery import Again, Bury, Delivery, Verdict
-from orchestra._execution import Ended, Execution
+from orchestra._balancers import Balancers
+from orchestra._delivery import Again, Delivery
+from orchestra._dispatch_ends import claim, disclaim, exchange_for, pool_of, reach, within
+from orchestra._execution import CANCELLED, RELEASED, Ended, Execution
 from orchestra._lifecycle import Service, set_within
-from orchestra.agents import AgentRegistry, AgentType, get_agent_registry
-from orchestra.errors import ConfigurationError, CorruptEntryError, StoreError, StoreUnavailableError
-from orchestra.load_balancer import BaseLoadBalancerStrategy, WeightedRoundRobinStrategy, create_load_balancer
-from orchestra.orchestration_worker_pool import OrchestrationWorkerPoolConfig, QueueWorkerPool, Slot
-from orchestra.scheduler import PriorityScheduler
+from orchestra._prefetch import Prefetch
+from orchestra._quarantine import Quarantine
+from orchestra._retry_gate import RetryGate
+from orchestra._settlements import Settlements, is_outage, tell_settled
+from orchestra._stuck import STUCK_AFTER, StuckAgents
+from orchestra.agents import AgentRegistry, get_agent_registry, unknown_agent
+from orchestra.errors import CorruptEntryError
+from orchestra.load_balancer import BaseLoadBalancerStrategy
+from orchestra.orchestration_worker_pool import QueueWorkerPool, Slot
+from orchestra.scheduler import PriorityScheduler, ranks
 from orchestra.task_queue import BaseTaskQueue
-from orchestra.tasks import Outcome, Retry, check_name, require_int, require_number
+from orchestra.tasks import Outcome, Retry, RetryBudget, check_name, require_int, require_number
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from orchestra._queue_base import Maintenance
     from orchestra.flow_control import RedisRateLimiter
 
 logger = logging.getLogger("orchestra.dispatcher")
 
-BATCH = 500
+BATCH, BATCH_MOST = 500, 10_000
 BLOCK_MS = 5000
-PREFETCH_SECONDS, PREFETCH_MOST = 0.02, 1000
-"""Beyond free slots, so many seconds of work at the present rate are held locally, and never more tasks than that."""
-RATE_MEMORY = 0.25
-"""Seconds over which the present rate is averaged: agents that wait alike end in waves."""
 SMALL = 16
 """A read of fewer deliveries is a matter of latency, not of throughput."""
-AGING_MS = 5000
-"""Per priority level: a task that was read goes before more urgent ones read so much later."""
+AGING = 5.0
+"""Seconds per priority level: a task that was read goes before more urgent ones read so much later."""
 SWEEP = 0.05
-REACH_PATIENCE = 1.0
-"""Seconds that starting keeps trying to reach Redis."""
-STUCK_AFTER = 5.0
-"""Seconds after which an agent that ignores its cancellation is reported."""
 LAST_GRACE = 1.0
 """Seconds that cancelled agents get to end when draining."""
+SETTLE_GRACE = 5.0
+"""Seconds beyond drain timeout and last grace in which what has ended is settled while Redis cannot be reached."""
+READ_GRACE = 2.0
+"""Seconds that a read under way gets to end when draining; what a cancelled one brings waits for its lease."""
+GOODBYE = 2.0
+"""Seconds that ending the lease thread, and forgetting the consumer, may take each."""
+_THE_DEFAULT = RetryBudget()
 
 
 class Dispatcher(Service):
@@ -74,7 +83,11 @@ class Dispatcher(Service):
         block_timeout_ms: how long a fetch waits for the first, 1 to 600,000; 5000 by default.
         agents: who processes what; by default the process-wide registry.
         retry: backoff where the agent says nothing, with ``default_max_retries`` in place of its ``max_retries``.
-        drain_timeout: seconds that :meth:`stop` lets running agents finish.
+        drain_timeout: seconds that :meth:`stop` lets running agents finish, 0 to a day. Whatever agents do, it ends a
+            second or two later, and with Redis out of reach some seconds after that.
+        retry_budget: how much of the work may be retries before they are delayed further; None for no limit.
+        aging: seconds per priority level, 0 to a day: among what is held, a task goes before more urgent ones that
+            were read so much later. None or 0: the most urgent always goes first.
 
     Raises:
         TypeError: ``task_queue`` is not a BaseTaskQueue.
@@ -98,56 +111,56 @@ class Dispatcher(Service):
         agents: AgentRegistry | None = None,
         retry: Retry | None = None,
         drain_timeout: float = 30.0,
+        retry_budget: RetryBudget | None = _THE_DEFAULT,
+        aging: float | None = AGING,
     ) -> None:
         super().__init__()
         if not isinstance(task_queue, BaseTaskQueue):
             raise TypeError(f"task_queue must be a BaseTaskQueue, got {task_queue!r}")
-        require_int("max_concurrent_dispatch", max_concurrent_dispatch, 1, 100_000)
-        require_int("default_max_retries", default_max_retries, 0, 1000)
+        require_int("max_concurrent_dispatch", max_concurrent_dispatch, 1, 100_000, unit="tasks")
+        require_int("default_max_retries", default_max_retries, 0, 1000, unit="retries")
         require_number("drain_timeout", drain_timeout, 0.0, 86_400.0, unit="seconds")
+        ranks(aging, 0.0)
         self._batch_size = BATCH if batch_size is None else batch_size
         self._block_ms = BLOCK_MS if block_timeout_ms is None else block_timeout_ms
-        require_int("batch_size", self._batch_size, 1, 10_000, unit="deliveries")
+        require_int("batch_size", self._batch_size, 1, BATCH_MOST, unit="deliveries")
         require_int("block_timeout_ms", self._block_ms, 1, 600_000, unit="ms")
         self.queue = task_queue
         self.scheduler = scheduler or PriorityScheduler()
+        self._most_waiting = self.scheduler.statistics().max_size or BATCH_MOST
         self.consumer = check_name("consumer_name", consumer_name or _identity.consumer_name())
         self.id = dispatcher_id or self.consumer
         self.agents = get_agent_registry() if agents is None else agents
         self._own_pool = worker_pool is None
-        self.pool = worker_pool or QueueWorkerPool("dispatcher", _pool_config(max_concurrent_dispatch))
+        self.pool = worker_pool or pool_of(max_concurrent_dispatch)
         self._concurrency = max_concurrent_dispatch
-        self._drain_timeout = drain_timeout
-        base = retry or Retry()
-        retry = Retry(
-            max_retries=default_max_retries,
-            base=base.base,
-            factor=base.factor,
-            max_delay=base.max_delay,
-            jitter=base.jitter,
-        )
-        self._balancer = load_balancer
-        self._balancers: dict[str, tuple[object, BaseLoadBalancerStrategy]] = {}
-        self._execution = Execution(task_queue.name, self.agents, retry, self._balancer_for, flow_controller)
+        self._drain_timeout, self._aging = drain_timeout, aging
         self.outcomes: Counter[Outcome] = Counter()
         """How many deliveries ended how, since this dispatcher was made."""
+        self._stuck = StuckAgents(task_queue.name, self.agents)
+        self._retries = RetryGate(task_queue.name, retry_budget, self.outcomes)
+        self._balancers = Balancers(load_balancer)
+        self._execution = Execution(
+            task_queue.name,
+            self.agents,
+            replace(retry or Retry(), max_retries=default_max_retries),
+            self._balancers.of,
+            flow_controller,
+            now=task_queue.now,
+            hold_back=self._retries.hold_back,
+            on_left=self._stuck.add_function,
+        )
         self.running_tasks = 0
-        self._held: set[Delivery] = set()
-        self._verdicts: list[tuple[Delivery, Verdict]] = []
-        self._unsettled = 0
+        self._cancels = False
+        self._settlements = Settlements(task_queue, self.id, self._maintain_in)
+        self._verdicts = self._settlements.pending
         self._ended = 0
         self._draining = False
-        self._prefetch = 1
-        self._rate = self._rate_at = 0.0
-        self._rate_ended = 0
-        self._maintain_at = 0.0
-        self._room_wanted = asyncio.Event()
-        self._settle_wanted = asyncio.Event()
-        self._maintain_wanted = asyncio.Event()
-        self._sweep_wanted = asyncio.Event()
-        self._sweeping = False
-        self._idle = asyncio.Event()
-        self._stopped = asyncio.Event()
+        self._prefetch = Prefetch()
+        self._quarantine = Quarantine(getattr(task_queue, "max_deliveries", 0))
+        self._maintain_at, self._sweeping = 0.0, False
+        self._room_wanted, self._maintain_wanted = asyncio.Event(), asyncio.Event()
+        self._sweep_wanted, self._idle, self._stopped = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._leases = AsyncExitStack()
 
     # -- lifecycle
@@ -169,116 +182,115 @@ class Dispatcher(Service):
     async def _start(self) -> None:
         self._draining = False
         self._stopped.clear()
-        self._claim_scheduler()
+        _execution.begin()
+        claim(self.scheduler, self.id)
         try:
-            await self._reach()
+            await reach(self.queue, self.consumer)
             await self._leases.enter_async_context(self.queue.keep_leases(self.consumer, self._lease_lost))
+            exchange = exchange_for(self.queue, self.agents, self.consumer)
+            if exchange is not None:
+                await self._leases.enter_async_context(exchange)
         except BaseException:
-            _claimed.discard(self.scheduler)
+            disclaim(self.scheduler)
             raise
         self.pool.attach(self)
         self._reader = self.spawn("read", self._read_loop)
-        self.spawn("settle", self._settle_loop)
+        self._settler = self.spawn("settle", self._settlements.loop)
         self.spawn("maintain", self._maintain_loop)
         self.spawn("sweep", self._sweep_loop)
         facts = {"queue": self.queue.name, "consumer": self.consumer}
         telemetry.emit("dispatcher.started", {"concurrency": self._concurrency}, facts)
-
-    async def _reach(self) -> None:
-        """Reach Redis before anything is started, so that a wrong address is an error here; a blip is not."""
-        backoff, deadline = Reconnect(), time.monotonic() + REACH_PATIENCE
-        while True:
-            try:
-                await self.queue.maintain(self.consumer, 0)
-            except StoreUnavailableError:
-                wait = backoff.next()
-                if time.monotonic() + wait > deadline:
-                    raise
-                await asyncio.sleep(wait)
-            else:
-                return
-
-    def _claim_scheduler(self) -> None:
-        if self.scheduler in _claimed:
-            raise ConfigurationError(
-                f"dispatcher {self.id!r} needs a scheduler of its own: the one given holds what another running "
-                "dispatcher has read, and each can settle only its own",
-                field="scheduler",
-                value=self.scheduler,
-            )
-        _claimed.add(self.scheduler)
 
     async def _stop(self) -> None:
         """Drain: read no more, release what has not started, let running agents finish, settle everything."""
         began, before = time.monotonic(), self.outcomes[Outcome.RELEASED]
         self._draining = True
         self._room_wanted.set()
-        while not self._reader.done():
-            await self.queue.wake(self.consumer)
-            await asyncio.wait((self._reader,), timeout=0.1)
-        self._release_waiting()
-        _claimed.discard(self.scheduler)
-        await self._wait_idle(self._drain_timeout)
-        for slot in self._my_slots():
-            slot.interrupt(Outcome.RELEASED)
-        await self._wait_idle(LAST_GRACE)
-        self.pool.detach(self)
-        await self._settle_rest()
-        await self._cancel_loops()
-        await self._leases.aclose()
-        await self._say_goodbye()
-        if self._own_pool:
-            await self.pool.shutdown(wait=False)
-            self.pool = QueueWorkerPool("dispatcher", _pool_config(self._concurrency))
-        self._stopped.set()
+        try:
+            await self._drain(began + self._drain_timeout)
+        except asyncio.CancelledError:  # in a hurry: what runs is interrupted at once
+            await self._drain(began)
+            raise
+        finally:
+            self._may_hurry = False
+            disclaim(self.scheduler)
+            self.pool.detach(self)
+            await self._cancel_loops()
+            await within(GOODBYE, self._leases.aclose(), self.id, "the lease thread goes on")
+            await within(GOODBYE, self.queue.retire(self.consumer), self.id, "its consumer is forgotten by others")
+            if self._own_pool:
+                await self.pool.shutdown(wait=False)
+                self.pool = pool_of(self._concurrency)
+            self._stopped.set()
         released = self.outcomes[Outcome.RELEASED] - before
         facts = {"completed": self.outcomes[Outcome.COMPLETED], "released": released}
         meta = {"queue": self.queue.name, "consumer": self.consumer}
         telemetry.emit("dispatcher.stopped", {**facts, "duration_s": time.monotonic() - began}, meta)
 
-    async def _say_goodbye(self) -> None:
-        try:
-            await self.queue.retire(self.consumer)
-        except StoreError as error:
-            logger.warning("consumer %s could not be retired: %s", self.consumer, error)
+    async def _drain(self, deadline: float) -> None:
+        await self._stop_reading()
+        while (delivery := self._pop() or self._quarantine.drop_nowait()) is not None:
+            self._end(delivery, RELEASED)
+        await self._wait_idle(deadline - time.monotonic())
+        for slot in self._my_slots():
+            slot.interrupt(Outcome.RELEASED)
+        await self._wait_idle(LAST_GRACE)
+        for slot in self._my_slots():
+            self._abandon(slot)
+        await self._settlements.rest(max(deadline + LAST_GRACE, time.monotonic()) + SETTLE_GRACE, self._settler)
 
-    async def _settle_rest(self) -> None:
-        self._settle_wanted.set()
-        try:
-            async with asyncio.timeout(max(5.0, self.queue.lease)):
-                while self._verdicts or self._unsettled:
-                    await asyncio.sleep(0.01)
-        except TimeoutError:
-            logger.warning("%d ended tasks could not be settled and will run again", len(self._verdicts))
+    async def _stop_reading(self) -> None:
+        end = time.monotonic() + READ_GRACE
+        while not self._reader.done():
+            if (left := end - time.monotonic()) <= 0:
+                self._reader.cancel()
+            await within(max(0.1, left), self.queue.wake(self.consumer), self.id, "its read was not woken")
+            await asyncio.wait((self._reader,), timeout=0.1)
 
-    def failed(self, name: str, error: Exception) -> None:
-        """A background loop keeps failing: :meth:`run` ends with its error."""
+    def failed(self, name: str, error: BaseException) -> None:
+        """A background loop keeps failing: this dispatcher drains, and :meth:`run` ends with the error."""
         super().failed(name, error)
         self._stopped.set()
+
+    def balancer(self, task_type: str) -> BaseLoadBalancerStrategy:
+        """Who chooses among the replicas of ``task_type``: its ``update_worker_status(worker_id, {...})`` changes health,
+        weight and capacity while tasks run, and what was set stays as long as the replica is registered. O(replicas).
+
+        Raises:
+            UnknownAgentError: no agent is registered for the type.
+        """
+        agent = self.agents.get(task_type)
+        if agent is None:
+            raise unknown_agent(task_type, self.agents)
+        agent.change(steered=True)
+        return self._balancers.of(agent)
 
     # -- reading
 
     @property
     def held(self) -> int:
         """Deliveries read and not ended: running or waiting in the scheduler."""
-        return self.running_tasks + self.scheduler.get_queue_size()
+        return self.running_tasks + self.scheduler.get_queue_size() + len(self._quarantine.waiting)
 
     def _room(self) -> int:
-        return min(self._concurrency, self.pool.concurrency) + self._prefetch - self.held
+        room = min(self._concurrency, self.pool.capacity) + self._prefetch.size - self.held
+        return min(room, self._most_waiting - self.scheduler.get_queue_size())
 
     async def _read_loop(self) -> None:
         backoff = Reconnect()
         while not self._draining:
-            self._adapt_prefetch()
+            self._prefetch.adapt(time.monotonic(), self._ended)
             room = self._room()
-            worth = min(self._prefetch // 2, self._batch_size) if self.scheduler.get_queue_size() else 1
+            worth = min(self._prefetch.size // 2, self._batch_size) if self.scheduler.get_queue_size() else 1
             if room < max(1, worth):
                 self._room_wanted.clear()
                 await self._room_wanted.wait()
                 continue
             try:
                 found = await self.queue.read(self.consumer, min(room, self._batch_size), self._block_ms)
-            except StoreError as error:
+            except Exception as error:
+                if not is_outage(error):
+                    raise
                 wait = backoff.next()
                 log = logger.warning if backoff.failures == 1 else logger.debug
                 log("%s cannot read: %s; trying again", self.id, error)
@@ -289,42 +301,65 @@ class Dispatcher(Service):
                 if len(found) < SMALL:
                     await asyncio.sleep(0)  # the worker that was woken goes before the next read is packed and sent
 
-    def _adapt_prefetch(self) -> None:
-        """As many tasks as end in :data:`PREFETCH_SECONDS`, at least one: little when idle, much under load."""
-        now = time.monotonic()
-        passed = now - self._rate_at
-        if passed >= PREFETCH_SECONDS:
-            weight = 1.0 - math.exp(-passed / RATE_MEMORY)
-            self._rate += weight * ((self._ended - self._rate_ended) / passed - self._rate)
-            self._prefetch = max(1, min(PREFETCH_MOST, int(self._rate * PREFETCH_SECONDS)))
-            self._rate_at, self._rate_ended = now, self._ended
-
     def _offer(self, found: list[Delivery]) -> None:
         """Put deliveries into the heap and wake a worker; release them when draining."""
         if self._draining:
             for delivery in found:
-                self._end(delivery, _RELEASED)
+                self._end(delivery, RELEASED)
             return
-        now = int(time.monotonic() * 1000)
-        for delivery in found:
-            self.scheduler.put_nowait(now + AGING_MS * delivery.lane, delivery)
+        keys = ranks(self._aging, time.monotonic())
+        try:
+            for delivery in found:
+                self.scheduler.put_nowait(keys[delivery.lane], delivery)
+        except asyncio.QueueFull:  # it has a limit, and somebody else adds to it
+            for left in found[found.index(delivery) :]:
+                self._end(left, RELEASED)
         if found:
             self.pool.wake()
 
     # -- running: the pool's source
 
+    def capacity_changed(self) -> None:
+        """The pool can run more, or less, at once: there may be room to read."""
+        self._room_wanted.set()
+
     def take_nowait(self) -> Delivery | None:
         """The delivery to run next; None when there is none, or enough run already."""
         if self.running_tasks >= self._concurrency or self._draining:
             return None
+        if self._quarantine.shut:
+            return self._pop_suspect()
         return self._pop()
 
     def _pop(self) -> Delivery | None:
         while (item := self.scheduler.pop_nowait()) is not None:
-            if type(item) is Delivery:
+            if type(item) is not Delivery:
+                logger.error("%s drops %.200r: no queue delivered it; add tasks with produce()", self.id, item)
+            elif not (item.lost or self._cancels) or self._may_start(item):
                 return item
-            logger.error("%s drops %.200r: no queue delivered it; add tasks with produce()", self.id, item)
         return None
+
+    def _pop_suspect(self) -> Delivery | None:
+        while (item := self._quarantine.next_nowait(self.running_tasks)) is not None:
+            if self._may_start(item):
+                return item
+        return None
+
+    def _may_start(self, item: Delivery) -> bool:
+        """Whether it is still ours and wanted; if not, it has ended."""
+        if item.lost:
+            self._end(item, RELEASED)  # it is another's; settling is fenced
+        elif self._cancels and self._to_cancel(item):
+            self._end(item, CANCELLED)
+        else:
+            return True
+        return False
+
+    def _to_cancel(self, delivery: Delivery) -> bool:
+        try:
+            return self.queue.cancel_requested(delivery)
+        except CorruptEntryError:
+            return False
 
     async def run_item(self, item: Delivery, slot: Slot) -> None:
         """Process one delivery to its end and queue its verdict."""
@@ -336,83 +371,38 @@ class Dispatcher(Service):
         try:
             ended = await self._execution.run(item, slot)
         except BaseException:
-            self.running_tasks -= 1
-            self._end(item, _RELEASED)
+            if slot.abandoned:
+                self._stuck.ended(slot)
+            else:
+                self.running_tasks -= 1
+                self._end(item, RELEASED)
             raise
+        if slot.abandoned:
+            self._stuck.ended(slot)  # its delivery was settled long ago
+            return
         self.running_tasks -= 1
-        self._end(item, ended, time.monotonic() - began)
+        took = time.monotonic() - began
+        if self.pool.measuring:
+            self.pool.run_times.add(took)
+        self._end(item, ended, took)
 
     def _end(self, delivery: Delivery, ended: Ended, run_s: float = 0.0) -> None:
         self.outcomes[ended.outcome] += 1
         self._ended += 1
+        if delivery is self._quarantine.inside:
+            self._quarantine.ended()
         if not self._verdicts:
-            self._settle_wanted.set()
+            self._settlements.wanted.set()
         self._verdicts.append((delivery, ended.verdict))
         self._room_wanted.set()
         if type(ended.verdict) is Again and ended.verdict.delay > 0:
-            self._maintain_by(asyncio.get_running_loop().time() + ended.verdict.delay)
+            self._settlements.soonest = min(ended.verdict.delay, self._settlements.soonest)
         if telemetry.wanted("task.settled"):
-            self._tell_settled(delivery, ended, run_s)
+            tell_settled(self.queue.name, delivery, ended, run_s)
         if not self.running_tasks:
             self._idle.set()
-
-    def _tell_settled(self, delivery: Delivery, ended: Ended, run_s: float) -> None:
-        verdict = ended.verdict
-        error = verdict.error.get("error") if isinstance(verdict, Bury) else getattr(verdict, "error", None)
-        task_id, task_type = _names(delivery)
-        facts = {
-            "queue": self.queue.name,
-            "task_id": task_id,
-            "type": task_type,
-            "attempt": delivery.attempt,
-            "outcome": ended.outcome.value,
-            "error": error,
-            "retry_in_s": verdict.delay if isinstance(verdict, Again) else None,
-            "dead_reason": verdict.reason if isinstance(verdict, Bury) else None,
-        }
-        telemetry.emit("task.settled", {"run_s": run_s}, facts)
-
-    def _balancer_for(self, agent: AgentType) -> BaseLoadBalancerStrategy:
-        known = self._balancers.get(agent.name)
-        if known is not None and known[0] is agent.replicas:
-            return known[1]
-        balancer = self._balancer or (known[1] if known else create_load_balancer("weighted_round_robin"))
-        if isinstance(balancer, WeightedRoundRobinStrategy):
-            for replica in agent.replicas:
-                balancer.set_worker_weight(replica.worker_id, replica.weight)
-        self._balancers[agent.name] = (agent.replicas, balancer)
-        return balancer
-
-    # -- settling
-
-    async def _settle_loop(self) -> None:
-        backoff = Reconnect()
-        while True:
-            await self._settle_wanted.wait()
-            self._settle_wanted.clear()
-            while self._verdicts:
-                batch, self._verdicts = self._verdicts, []
-                self._unsettled = len(batch)
-                try:
-                    stale = await self.queue.settle(batch)
-                except StoreError as error:
-                    logger.warning("%s cannot settle %d tasks: %s; trying again", self.id, len(batch), error)
-                    self._verdicts = batch + self._verdicts
-                    await asyncio.sleep(backoff.next())
-                except BaseException:
-                    self._verdicts = batch + self._verdicts  # for the loop that is started in place of this one
-                    self._settle_wanted.set()
-                    raise
-                else:
-                    backoff.reset()
-                    self._report_stale(stale)
-                finally:
-                    self._unsettled = 0
-
-    def _report_stale(self, stale: list[Delivery]) -> None:
-        for delivery in stale:
-            facts = {"queue": self.queue.name, "task_id": _names(delivery)[0], "outcome": "stale"}
-            telemetry.emit("task.stale", {}, facts)
+            if self._quarantine.closed:
+                self._maintain_in(0.0)
 
     def _lease_lost(self, delivery: Delivery) -> None:
         """Somebody else has it now: stop working on it; its settle would be stale."""
@@ -423,30 +413,51 @@ class Dispatcher(Service):
 
     # -- background
 
-    def _maintain_by(self, when: float) -> None:
+    def _maintain_in(self, seconds: float) -> None:
+        when = asyncio.get_running_loop().time() + seconds
         if when < self._maintain_at:
             self._maintain_at = when
             self._maintain_wanted.set()
+
+    def _tick(self) -> Awaitable[Maintenance]:
+        if self._draining:
+            return self.queue.maintain(self.consumer, 0)
+        alone = self._quarantine.alone(self.running_tasks)
+        return self.queue.maintain(self.consumer, max(int(alone), self._room()), alone)
 
     async def _maintain_loop(self) -> None:
         clock = asyncio.get_running_loop().time
         backoff = Reconnect()
         while True:
             try:
-                work = await self.queue.maintain(self.consumer, 0 if self._draining else max(0, self._room()))
-            except StoreError as error:
+                work = await self._tick()
+            except Exception as error:
+                if not is_outage(error):
+                    raise
                 logger.debug("%s: maintenance failed: %s", self.id, error)
                 self._maintain_at = clock() + backoff.next()
             else:
                 backoff.reset()
-                self._offer(work.deliveries)
+                self._offer(self._quarantine.sift(work.deliveries, work.suspects))
+                self.pool.wake()
+                if work.cancels:
+                    self._cancel_running()
                 self._maintain_at = clock() + max(0.001, work.next_in)
+            self._stuck.look(self.pool)
+            self._retries.tell()
             while (left := self._maintain_at - clock()) > 0:
                 self._maintain_wanted.clear()
                 await set_within(self._maintain_wanted, left)
 
+    def _cancel_running(self) -> None:
+        """Interrupt what was marked; what waits in the scheduler is looked at when its turn comes."""
+        self._cancels = True
+        for slot in self._my_slots():
+            if self._to_cancel(slot.item):
+                slot.interrupt(Outcome.CANCELLED)
+
     async def _sweep_loop(self) -> None:
-        """Interrupt what has run into its timeout; one pass over the busy slots instead of a timer per task."""
+        """Interrupt what has run into its deadline; one pass over the busy slots instead of a timer per task."""
         while True:
             if not self.running_tasks:
                 self._sweeping = False
@@ -455,44 +466,32 @@ class Dispatcher(Service):
             await asyncio.sleep(SWEEP)
             now = time.monotonic()
             for slot in self._my_slots():
-                if slot.deadline is None or now < slot.deadline:
-                    continue
                 if slot.why is None:
-                    slot.interrupt(Outcome.TIMED_OUT)
-                elif now - slot.deadline > STUCK_AFTER:
-                    self._report_stuck(slot, now - slot.deadline)
+                    if slot.deadline is not None and now >= slot.deadline:
+                        slot.interrupt(Outcome.TIMED_OUT)
+                elif now - slot.interrupted_at > STUCK_AFTER:
+                    self._abandon(slot)
 
-    def _report_stuck(self, slot: Slot, over_s: float) -> None:
-        header = slot.item.header
-        facts = {"queue": self.queue.name, "task_id": header.id, "type": header.type}
-        telemetry.emit("task.stuck", {"over_s": over_s}, facts)
-        slot.deadline = time.monotonic()  # say it again after as long
+    def _abandon(self, slot: Slot) -> None:
+        """Give up an agent that goes on after its interruption: its delivery ends as what it was interrupted for."""
+        delivery = slot.item
+        ended = self._execution.abandoned(delivery, slot)
+        delivery.abandoned = True
+        self.pool.abandon(slot)
+        self.running_tasks -= 1
+        self._stuck.add(slot, delivery)
+        self._stuck.look(self.pool)
+        self._end(delivery, ended, time.monotonic() - slot.interrupted_at)
+
+    @property
+    def stuck(self) -> int:
+        """Agents that go on although they were timed out, cancelled or released, and are not in ``running_tasks``."""
+        return len(self._stuck)
 
     def _my_slots(self) -> list[Slot]:
         return [slot for slot in self.pool.slots if slot.source is self]
-
-    def _release_waiting(self) -> None:
-        while (delivery := self._pop()) is not None:
-            self._end(delivery, _RELEASED)
 
     async def _wait_idle(self, seconds: float) -> None:
         self._idle.clear()
         if self.running_tasks:
             await set_within(self._idle, seconds)
-
-
-_claimed: weakref.WeakSet[PriorityScheduler] = weakref.WeakSet()
-"""The schedulers of running dispatchers."""
-_RELEASED = Ended(Outcome.RELEASED, Again(0.0, "released"))
-
-
-def _names(delivery: Delivery) -> tuple[str, str]:
-    """Id and type of a task, for those who watch; even of a corrupt one."""
-    try:
-        return delivery.header.id, delivery.header.type
-    except CorruptEntryError:
-        return "?", "?"
-
-
-def _pool_config(concurrency: int) -> OrchestrationWorkerPoolConfig:
-    return OrchestrationWorkerPoolConfig(workers=concurrency, max_concurrent_tasks=concurrency)

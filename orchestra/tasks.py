@@ -49,7 +49,7 @@ class Cancellation(enum.Enum):
     CANCELLED = "cancelled"
     """It had not started; it is terminal now."""
     REQUESTED = "requested"
-    """A worker holds it, or it is somewhere in a lane: it ends when a worker learns of it, at most about a second later."""
+    """A worker holds it, or it was not found waiting: its holder ends it, a second or so after; an unknown id stays one."""
     ENDED = "ended"
     """It was terminal before; nothing changed."""
 
@@ -109,10 +109,30 @@ class Retry:
     jitter: bool = True
 
     def __post_init__(self) -> None:
-        require_int("Retry.max_retries", self.max_retries, 0, 1000)
+        require_int("Retry.max_retries", self.max_retries, 0, 1000, unit="retries")
         require_number("Retry.base", self.base, 0.0, 86_400.0, unit="seconds", exclusive=True)
         require_number("Retry.factor", self.factor, 1.0, 100.0)
         require_number("Retry.max_delay", self.max_delay, 0.0, 30 * 86_400.0, unit="seconds", exclusive=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryBudget:
+    """How much of what a dispatcher does may be retries, so that an outage is not followed by a storm of them.
+
+    In the long run at most ``floor`` retries a second, plus ``ratio`` times the attempts that end. A retry beyond that
+    is not lost: it leaves later, by at most ``max_delay`` seconds beyond its backoff.
+
+    ``ratio``: 0 to 10. ``floor``: per second, > 0, at most 1,000,000. ``max_delay``: seconds, 0 to a day.
+    """
+
+    ratio: float = 0.2
+    floor: float = 10.0
+    max_delay: float = 60.0
+
+    def __post_init__(self) -> None:
+        require_number("RetryBudget.ratio", self.ratio, 0.0, 10.0)
+        require_number("RetryBudget.floor", self.floor, 0.0, 1_000_000.0, unit="retries a second", exclusive=True)
+        require_number("RetryBudget.max_delay", self.max_delay, 0.0, 86_400.0, unit="seconds")
 
 
 class DeadLetter(NamedTuple):
@@ -147,6 +167,11 @@ def check_ident(what: str, value: Any) -> str:
             f"{what} must be 1 to 128 printable ASCII characters without spaces, got {value!r}", field=what, value=value
         )
     return value
+
+
+def is_ident(value: str) -> bool:
+    """Whether ``value`` would pass :func:`check_ident`."""
+    return _IDENT.fullmatch(value) is not None
 
 
 def require_int(name: str, value: Any, low: int, high: int, *, unit: str = "") -> None:

@@ -198,7 +198,10 @@ def test_a_bad_option_does_not_change_what_is_registered(agents):
 
 
 def test_an_unknown_option_is_answered_with_the_known_ones(agents):
-    known = "cost, executor, limiter, retry, timeout, worker_id, weight, max_concurrency"
+    known = (
+        "cost, executor, failover, key, limiter, limits, retry, timeout, type_concurrency, "
+        "worker_id, weight, max_concurrency, breaker"
+    )
     with pytest.raises(ConfigurationError, match=f"no option 'timeut'; options are {known}"):
         agents.register("work", function, timeut=3)
 

@@ -146,7 +146,8 @@ async def test_a_value_travels_only_to_who_wants_it(agents, runner, flags, value
     [
         (ValueError("x"), Outcome.FAILED, Again(1.0, "retried")),
         (TimeoutError("inner"), Outcome.FAILED, Again(1.0, "retried")),
-        (CircuitOpenError("open", retry_after=9.0), Outcome.FAILED, Again(1.0, "retried")),
+        (CircuitOpenError("open", retry_after=9.0), Outcome.THROTTLED, Again(9.0, "throttled")),
+        (CircuitOpenError("open"), Outcome.THROTTLED, Again(BUSY_DELAY, "throttled")),
         (asyncio.CancelledError(), Outcome.FAILED, Again(1.0, "retried")),
         (SystemExit(2), Outcome.FAILED, Again(1.0, "retried")),
         (RetryLater(7.5), Outcome.FAILED, Again(7.5, "retried")),
@@ -223,12 +224,19 @@ async def test_a_missed_deadline_is_not_started(agents, runner):
 
 
 @pytest.mark.parametrize(
-    "fields", [(b"t", b"garbage"), (b"x", b"y"), (), (b"t", b""), (b"t", b"garbage", b"n", b"many")]
+    ("fields", "reason", "kind"),
+    [
+        ((b"t", b"garbage"), "corrupt", "CorruptEntryError"),
+        ((b"t", b""), "corrupt", "CorruptEntryError"),
+        ((b"t", b"garbage", b"n", b"many"), "corrupt", "CorruptEntryError"),
+        ((b"x", b"y"), "foreign", "ForeignEntry"),
+        ((), "foreign", "ForeignEntry"),
+    ],
 )
-async def test_a_corrupt_entry_is_buried_with_what_is_wrong(runner, fields):
+async def test_a_corrupt_entry_is_buried_with_what_is_wrong(runner, fields, reason, kind):
     ended = await runner.run(Delivery(2, b"1-1", fields, "consumer"))
     assert ended.outcome is Outcome.FAILED
-    assert (ended.verdict.reason, ended.verdict.error["error_type"]) == ("corrupt", "CorruptEntryError")
+    assert (ended.verdict.reason, ended.verdict.error["error_type"]) == (reason, kind)
 
 
 # -- interruptions
@@ -297,7 +305,7 @@ async def test_an_interrupted_agent_that_answers_otherwise_leaves_its_worker_cle
             group.create_task(raiser(ValueError("inside"))(None))
 
     agents.register("work", failing_group, retry=Retry(max_retries=0))
-    assert (await runner.run(delivery())).verdict.error["error_type"] == "ExceptionGroup"
+    assert (await runner.run(delivery())).verdict.error["error_type"] == "ValueError"
 
 
 @pytest.mark.parametrize(
@@ -484,7 +492,11 @@ async def test_parking_counts_the_cost_and_each_limiter_for_itself(agents, make_
     agents.register("work", raiser(AssertionError("started")), limiter=theirs, cost=4)
     runner = make_runner(ours)
     delays = [(await runner.run(delivery(id=f"t{n}"))).verdict.delay for n in range(3)]
-    assert delays == pytest.approx([2.0, 4.0, 1.0], abs=0.1)
+    assert delays == pytest.approx([2.0, 4.0, 6.0], abs=0.1)
+    assert (len(ours.asked), len(theirs.asked)) == (1, 1), "those behind a parked key do not ask"
+    agents.register("free", raiser(AssertionError("started")))
+    ended = await runner.run(delivery(id="other", type="free"))
+    assert ended.outcome is Outcome.FAILED, "the other limit is not parked"
 
 
 async def test_a_limiter_that_breaks_is_a_failure_of_the_attempt(agents, make_runner):
@@ -537,7 +549,7 @@ async def test_the_balancer_chooses_among_those_with_room(three_replicas, make_r
     balancer = Says(lambda free: free[1])
     ended = await make_runner(balancer=balancer).run(delivery(input=[1], priority=0))
     assert (ended.outcome, three_replicas) == (Outcome.COMPLETED, ["b"])
-    assert balancer.offered == [(["a", "b"], {"id": "t1", "type": "work", "priority": 0, "input": [1]})]
+    assert balancer.offered == [(["a", "b"], {"id": "t1", "type": "work", "priority": 0, "input": [1], "metadata": {}})]
 
 
 async def test_a_balancer_that_wants_none_of_them_delays_the_task(three_replicas, make_runner):
@@ -558,4 +570,5 @@ async def test_started_is_told_before_the_agent_runs(agents, runner):
         await runner.run(delivery(retries=1))
     finally:
         detach()
-    assert told == [{"queue": "queue", "task_id": "t1", "type": "work", "attempt": 2}, "ran"]
+    facts = {"queue": "queue", "task_id": "t1", "type": "work", "attempt": 2, "worker_id": "work"}
+    assert told == [facts, "ran"]
