@@ -64,6 +64,7 @@ def same_or_refused(a, b):
 
 @given(VALUES, st.data())
 def test_bit_flips_are_read_or_refused_as_by_the_oracle(value, data):
+    """K2: bit flips."""
     raw = bytearray(packb(value))
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -73,6 +74,7 @@ def test_bit_flips_are_read_or_refused_as_by_the_oracle(value, data):
 @given(VALUES)
 @settings(max_examples=40)
 def test_every_truncation_is_refused(value):
+    """K1: every truncation of a value."""
     raw = packb(value)
     for end in range(len(raw)):
         with pytest.raises(DecodeError):
@@ -82,6 +84,7 @@ def test_every_truncation_is_refused(value):
 @pytest.mark.parametrize("tag", [0xC4, 0xC5, 0xC6, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xDE, 0xDF, 0xC7, 0xC8, 0xC9])
 @pytest.mark.parametrize("length", [1, 100, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80808080, 0xFFFFFFFF])
 def test_lying_lengths_are_refused(tag, length):
+    """K2: lengths that exceed what follows."""
     width = {0xC4: 1, 0xD9: 1, 0xC7: 1, 0xC5: 2, 0xDA: 2, 0xDC: 2, 0xDE: 2, 0xC8: 2}.get(tag, 4)
     head = bytes([tag]) + (length & ((1 << 8 * width) - 1)).to_bytes(width, "big")
     for tail in (b"", b"\x01"):
@@ -90,6 +93,7 @@ def test_lying_lengths_are_refused(tag, length):
 
 
 def test_nested_lying_lengths_allocate_no_more_than_the_input():
+    """K2: a length is checked before anything is allocated for it."""
     import tracemalloc
 
     size = 200_000
@@ -108,6 +112,7 @@ def test_nested_lying_lengths_allocate_no_more_than_the_input():
 @pytest.mark.parametrize("depth", [10, 64, 65, 1000, 1_000_000])
 @pytest.mark.parametrize("opening", [b"\x91", b"\x81\xa1k", b"\xdc\x00\x01", b"\xde\x00\x01\x01"])
 def test_depth_is_capped_while_decoding(depth, opening):
+    """K3: nesting up to a million levels."""
     raw = opening * depth + b"\xc0"
     if depth <= 64:
         assert unpackb(raw) is not None
@@ -119,6 +124,7 @@ def test_depth_is_capped_while_decoding(depth, opening):
 @pytest.mark.parametrize("depth", [10, 64, 65, 1000, 100_000])
 @pytest.mark.parametrize("wrap", [lambda v: [v], lambda v: (v,), lambda v: {"k": v}])
 def test_depth_is_capped_while_encoding(depth, wrap):
+    """K3: the same on the way out."""
     value = None
     for _ in range(depth):
         value = wrap(value)
@@ -206,6 +212,7 @@ def test_subclasses_travel_as_their_base(value, back):
 
 
 def test_no_code_of_a_subclass_runs():
+    """K11: objects whose methods raise."""
     assert packb(Loud(5)) == b"\x05"
     assert CODEC.encode({"type": "t", "id": "i", "priority": Loud(1), "max_retries": Loud(3)})[1] == 1
     with pytest.raises(EncodeError, match="got a Loud"):
@@ -218,6 +225,7 @@ def test_no_code_of_a_subclass_runs():
 
 
 def test_ints_that_cpython_will_not_print_are_refused_in_words():
+    """K4: CVE-2020-10735."""
     for task in ({"input": 10**5000}, {"priority": 10**5000}, {"timeout": 10**5000}):
         with pytest.raises(EncodeError, match="got an int of 16610 bits"):
             CODEC.encode({"type": "t", "id": "i", **task})
@@ -259,6 +267,7 @@ def test_refusals_say_where_and_what(value, error, path, text):
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 1023, 1024, 1025, 5000, 1 << 20])
 def test_max_bytes_is_exact(size):
+    """K7: the cap is exact to the byte."""
     data = packb(b"x" * size)
     assert packb(b"x" * size, None, len(data)) == data
     with pytest.raises(TooLargeError) as caught:
@@ -356,6 +365,8 @@ def test_extension_payloads_are_buffers(data):
 
 
 def test_mutation_while_encoding_is_refused():
+    """K11: a list or dict that a hook changes."""
+
     def shrink(_):
         values.clear()
         gc.collect()
@@ -369,6 +380,7 @@ def test_mutation_while_encoding_is_refused():
 
 
 def test_mutation_of_the_parent_is_refused():
+    """K11: what is being encoded further out changes."""
     outer: dict = {"list": [object(), 1, 2]}
 
     def grow(_):
@@ -432,11 +444,13 @@ def test_a_hook_sees_no_half_made_list():
     ],
 )
 def test_bad_bytes(raw, text):
+    """K5: what is no UTF-8, overlong, or a surrogate; K6: keys that are none."""
     with pytest.raises(DecodeError, match=text):
         unpackb(raw)
 
 
 def test_the_last_of_equal_keys_wins():
+    """K6: duplicate keys."""
     assert unpackb(b"\x82\xa1a\x01\xa1a\x02") == {"a": 2}
     assert CODEC.decode(b"\x94\x01\xa1i\xa1t\x00\x82\xa1a\x01\xa1a\x02")["a"] == 2
 
