@@ -103,7 +103,7 @@ package: .venv-wheel/made  ## sdist, wheel from it, and the tests of both in an 
 
 # ---------------------------------------------------------------- products
 
-.PHONY: sdist wheel bench docs clean clean-ext
+.PHONY: sdist wheel bench chaos soak fuzz docs clean clean-ext
 dist/made: .venv/made/dev .venv/made/ext pyproject.toml setup.py MANIFEST.in README.md $(SOURCES) orchestra/*.py orchestra/*/*.py orchestra/lua/*.lua _ext/*.pyi
 	@echo "== building dist: sdist, then the wheel from it"
 	@rm -rf dist && mkdir dist
@@ -114,6 +114,15 @@ sdist wheel: dist/made  ## dist/: source archive and wheel
 
 bench: dev  ## benchmarks beside the raw ceiling of the same run (ORCHESTRA_BENCH_QUICK=1 for minutes less)
 	@$(PY) -m pytest benchmarks --benchmark-enable --benchmark-only -p no:cacheprovider $(ARGS)
+
+chaos: dev  ## faults at random, checked histories (ARGS="--seed 7 --minutes 10"; ARGS=--mutants shows that the checker bites)
+	@$(PY) -m tests.faults $(ARGS)
+
+soak: dev  ## ten million tasks through one worker: memory, descriptors and keys must stay flat (ARGS="--tasks N")
+	@$(PY) -m tests.soak $(ARGS)
+
+fuzz: dev  ## codec and reply reader under atheris, ASan and UBSan; needs clang (ARGS="--minutes 10")
+	@$(PY) -m tests.fuzz $(ARGS)
 
 docs: dev  ## regenerate docs/reference, check links
 	@$(PY) docs/build.py

@@ -30,12 +30,13 @@ CONFIGURED = (
     "_runs.SendOptions",
     "agents.AgentOptions",
     "tasks.Retry",
+    "_durability.Durability",
     "dispatcher.Dispatcher",
     "task_queue.RedisStreamTaskQueue",
     "memory_queue.InMemoryTaskQueue",
     "_limits.RateLimitConfig",
     "_limits.BackpressureConfig",
-    "circuit_breaker.CircuitBreakerConfig",
+    "_breaker_rules.CircuitBreakerConfig",
     "orchestration_worker_pool.OrchestrationWorkerPoolConfig",
     "worker_manager.WorkerManager",
     "memory.MemoryManager",
@@ -152,7 +153,11 @@ def documented_keys() -> Iterator[tuple[str, str]]:
             yield (value if isinstance(value, str) else " ".join(value)), following.value.value
     yield keys.result("ID"), inspect.getdoc(_keys.QueueKeys.result)
     yield keys.replies("CLIENT"), inspect.getdoc(_keys.QueueKeys.replies)
-    yield _keys.limiter("NAME"), inspect.getdoc(_keys.limiter)
+    yield keys.breakers_of("PROCESS"), inspect.getdoc(_keys.QueueKeys.breakers_of)
+    yield f"{_keys.limiter('NAME')} {_keys.limiter('NAME', 'KEY')}", inspect.getdoc(_keys.limiter)
+    yield _keys.limit_settings(), inspect.getdoc(_keys.limit_settings)
+    yield _keys.limit_names(), inspect.getdoc(_keys.limit_names)
+    yield _keys.breaker("NAME"), inspect.getdoc(_keys.breaker)
     for function, given in (
         (_keys.lock, ("NAME",)),
         (_keys.memory, ("SPACE", "NAME")),
