@@ -8,6 +8,7 @@ PIP = $(PY) -m pip --disable-pip-version-check install --quiet --progress-bar of
 SOURCES = setup.py _ext/*.pyx _ext/*.pxi
 DIR =
 ARGS =
+JOBS = 2
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -79,9 +80,9 @@ lint: dev  ## ruff: rules and format
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
-pytest: dist/made  ## the test suite only (ARGS=tests/unit for a part)
+pytest: dist/made  ## the test suite only (ARGS=tests/unit for a part, JOBS=0 in one process)
 	@echo "== tests"
-	@ORCHESTRA_DIST=dist $(PY) -m pytest $(ARGS)
+	@ORCHESTRA_DIST=dist $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 types: .venv-wheel/made  ## mypy --strict and stubtest, against the installed wheel
 	@echo "== types"

@@ -6,31 +6,36 @@ Without a directory it audits the standard library of the interpreter it runs in
 measure    parses one file: lines, functions, complexity, nesting; in worker processes, for it is CPU-bound.
            A file that is no Python fails, is tried again, and ends as a dead letter: that is meant to be seen.
 risks      finds risky constructs in one file, with their lines; in worker processes
-docs       grades the docstrings of one file; two replicas, ``careful`` takes three of four tasks, ``quick`` the rest
+docs       grades the docstrings of one file; three replicas: ``careful`` takes three of six tasks, ``service`` two and
+           ``quick`` one. ``service`` stands for a grader behind a network that is just being restarted: its breaker takes
+           it out of rotation and back in. No package may have more than 120 files a second graded: a limit with a key
 summary    judges one package from the results of its files; urgent, and limited to 50 a second
 verdict    judges the whole from the summaries
 =========  ===========================================================================================================
 
 Tasks carry paths, not contents: agents read for themselves. Ids are made of the agent and the path, so that a second
 run of the same job recognises what is done. Importing this module does nothing, since worker processes do it too.
+The table "How it was steered" at the end shows what limits, weights and breakers did.
 """
 
 from __future__ import annotations
 
 import ast
+import asyncio
 import hashlib
 import re
 import sys
 import sysconfig
+import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from orchestra import App, RateLimitConfig, Retry, TaskPriority
+from orchestra import App, BaseTask, CircuitBreakerConfig, RateLimitConfig, Retry, TaskPriority
 
 # Twelve at once keep the worker processes fed; a hundred would only wait in front of them.
 app = App("code-audit", concurrency=12, retry=Retry(max_retries=2, base=0.4, max_delay=2.0), max_task_bytes=16 << 20)
@@ -72,7 +77,23 @@ def risks(root: str, path: str) -> Finding:
     return {"path": path, "found": [{"line": line, "risk": risk} for line, risk in found]}
 
 
-@app.agent(name="docs", worker_id="careful", weight=3, executor="process", timeout=60)
+def package_of_task(task: BaseTask) -> str:
+    """What the limit of ``docs`` is counted for."""
+    return package_of(task.input["path"])
+
+
+@app.agent(
+    name="docs",
+    worker_id="careful",
+    weight=3,
+    executor="process",
+    timeout=60,
+    # One replica that is down may fail a task more often than the others together: its breaker bounds that to eight.
+    retry=Retry(max_retries=12, base=0.1, max_delay=1.0),
+    failover=True,
+    limit=RateLimitConfig(rate=120, burst=40),
+    key=package_of_task,
+)
 def docs_careful(root: str, path: str) -> Finding:
     """Which public things of a file have a docstring, by its syntax tree."""
     try:
@@ -84,11 +105,43 @@ def docs_careful(root: str, path: str) -> Finding:
     return {"path": path, "by": "careful", "coverage": round(share, 2), "grade": _grade(share)}
 
 
+class Service:
+    """Stands for a grader behind a network that is restarted while the job begins: it refuses for two seconds."""
+
+    outage = 2.0  # seconds from the first call on
+
+    def __init__(self) -> None:
+        self.back_at: float | None = None
+
+    async def ask(self, text: bytes) -> float:
+        """The share of prose in ``text``."""
+        if self.back_at is None:
+            self.back_at = time.monotonic() + self.outage
+        await asyncio.sleep(0.005)  # the way there and back
+        if time.monotonic() < self.back_at:
+            raise ConnectionRefusedError("the grading service is being restarted")
+        return _share_of_prose(text)
+
+
+service = Service()
+
+
+@app.agent(
+    name="docs",
+    worker_id="service",
+    weight=2,
+    breaker=CircuitBreakerConfig(failure_threshold=3, recovery_timeout=0.5, counts=(ConnectionError,)),
+)
+async def docs_service(root: str, path: str) -> Finding:
+    """What the service says. Three refusals in a row open the breaker, then one call in half a second finds out."""
+    share = await service.ask((Path(root) / path).read_bytes())
+    return {"path": path, "by": "service", "coverage": round(share, 2), "grade": _grade(share)}
+
+
 @app.agent(name="docs", worker_id="quick", weight=1)
 async def docs_quick(root: str, path: str) -> Finding:
     """How much of a file is prose: a cheap guess at the same, which does not have to parse."""
-    text = (Path(root) / path).read_bytes()
-    share = min(1.0, 4 * sum(map(len, PROSE.findall(text))) / max(1, len(text)))
+    share = _share_of_prose((Path(root) / path).read_bytes())
     return {"path": path, "by": "quick", "coverage": round(share, 2), "grade": _grade(share)}
 
 
@@ -128,7 +181,7 @@ async def tasks(job: Any) -> AsyncIterator[dict[str, Any]]:
     root, paths = find_files(job.args[0] if job.args else sysconfig.get_paths()["stdlib"])
     packages: dict[str, list[str]] = defaultdict(list)
     for path in paths:
-        packages[path.split("/")[0] if "/" in path else TOP].append(path)
+        packages[package_of(path)].append(path)
     job.expect(3 * sum(map(len, packages.values())) + len(packages) + 1)
     for package, paths in packages.items():
         for path in paths:
@@ -151,6 +204,11 @@ def find_files(directory: str) -> tuple[Path, list[str]]:
     skip = {"site-packages", "__pycache__", ".git", ".venv", "node_modules"}
     found = (path.relative_to(root) for path in root.rglob("*.py"))
     return root, sorted(path.as_posix() for path in found if not skip.intersection(path.parts))
+
+
+def package_of(path: str) -> str:
+    """The package that a file belongs to."""
+    return path.partition("/")[0] if "/" in path else TOP
 
 
 def _task(agent: str, name: str, given: dict[str, Any], priority: TaskPriority) -> dict[str, Any]:
@@ -266,6 +324,10 @@ def _is_true(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and node.value is True
 
 
+def _share_of_prose(text: bytes) -> float:
+    return min(1.0, 4 * sum(map(len, PROSE.findall(text))) / max(1, len(text)))
+
+
 def _grade(share: float) -> str:
     return next((grade for limit, grade in ((0.9, "A"), (0.7, "B"), (0.5, "C"), (0.25, "D")) if share >= limit), "F")
 
@@ -341,11 +403,11 @@ def _package_table(packages: Iterable[Finding]) -> Table:
 
 
 def _print_totals(console: Any, files: list[Finding], grades: dict[str, Finding], dead: list[Finding]) -> None:
-    quick = sum(g["by"] == "quick" for g in grades.values())
+    by = Counter(grade["by"] for grade in grades.values())
     lines, functions = sum(f["lines"] for f in files), sum(f["functions"] for f in files)
     risky = sum(f["risks"] for f in files)
     console.print(f"{len(files):,} files, {lines:,} lines, {functions:,} functions, {risky:,} risks", soft_wrap=True)
-    console.print(f"docstrings graded by: careful {len(grades) - quick:,}, quick {quick:,}")
+    console.print("docstrings graded by: " + ", ".join(f"{who} {count:,}" for who, count in sorted(by.items())))
     if dead:
         console.print(
             f"{len(dead)} dead, such as {dead[0]['id']}: {dead[0]['error_type']}: {dead[0]['error']}", soft_wrap=True

@@ -24,11 +24,19 @@ except ModuleNotFoundError as _error:
 
 if TYPE_CHECKING:
     from orchestra._address import Address, parse_address
+    from orchestra._breaker_exchange import BreakerExchange
+    from orchestra._durability import Durability
     from orchestra._queue_base import DistributedLock, QueueStats
     from orchestra._runs import Run, SendOptions
-    from orchestra.agents import Agent, AgentOptions, AgentRegistry, get_agent_registry
+    from orchestra.agents import Agent, AgentOptions, AgentRegistry, LimitUse, get_agent_registry
     from orchestra.app import AgentHandle, App
-    from orchestra.circuit_breaker import CircuitBreaker, CircuitBreakerConfig, CircuitState
+    from orchestra.circuit_breaker import (
+        BreakerSnapshot,
+        CircuitBreaker,
+        CircuitBreakerConfig,
+        CircuitState,
+        breaker_registry,
+    )
     from orchestra.connections import ConnectionManager, ServerInfo, get_connection_manager
     from orchestra.dispatcher import Dispatcher
     from orchestra.embedded import EmbeddedServer
@@ -37,7 +45,9 @@ if TYPE_CHECKING:
         CircuitOpenError,
         ConfigurationError,
         CorruptEntryError,
+        DurabilityError,
         EmbeddedServerError,
+        ForkedProcessError,
         InternalError,
         InvalidTaskError,
         InvalidTaskTypeError,
@@ -52,13 +62,16 @@ if TYPE_CHECKING:
         StoreError,
         StoreFullError,
         StoreUnavailableError,
+        StreamExhaustedError,
         TaskCancelledError,
         TaskFailedError,
         TaskTooLargeError,
         Throttled,
         UnknownAgentError,
+        UnsafeServerError,
         WorkerPoolError,
         WorkflowError,
+        WrongLoopError,
     )
     from orchestra.flow_control import (
         Admission,
@@ -67,7 +80,12 @@ if TYPE_CHECKING:
         FlowControlMetrics,
         RateLimitConfig,
         RedisRateLimiter,
+        acquire_all,
         get_flow_controller,
+        list_limits,
+        reset_limit,
+        set_limit,
+        try_acquire_all,
     )
     from orchestra.load_balancer import (
         BaseLoadBalancerStrategy,
@@ -89,7 +107,17 @@ if TYPE_CHECKING:
     from orchestra.orchestrator import Orchestrator, get_orchestrator
     from orchestra.scheduler import PriorityScheduler, SchedulerStatistics, get_scheduler
     from orchestra.task_queue import BaseTaskQueue, RedisStreamTaskQueue
-    from orchestra.tasks import BaseTask, DeadLetter, Outcome, Retry, TaskDict, TaskPriority, TaskState
+    from orchestra.tasks import (
+        BaseTask,
+        Cancellation,
+        DeadLetter,
+        Outcome,
+        Retry,
+        RetryBudget,
+        TaskDict,
+        TaskPriority,
+        TaskState,
+    )
     from orchestra.worker_manager import PoolSample, ScalingRecommendation, WorkerManager
     from orchestra.workflow import StepState, WorkflowEngine, WorkflowState, WorkflowStep, get_workflow_engine
 
@@ -101,9 +129,12 @@ __all__ = [  # noqa: RUF022 - grouped for people
     "SendOptions",
     # tasks and words
     "BaseTask",
+    "Cancellation",
     "DeadLetter",
+    "Durability",
     "Outcome",
     "Retry",
+    "RetryBudget",
     "TaskDict",
     "TaskPriority",
     "TaskState",
@@ -117,6 +148,7 @@ __all__ = [  # noqa: RUF022 - grouped for people
     "Agent",
     "AgentOptions",
     "AgentRegistry",
+    "LimitUse",
     "get_agent_registry",
     "Dispatcher",
     "PriorityScheduler",
@@ -143,10 +175,18 @@ __all__ = [  # noqa: RUF022 - grouped for people
     "FlowControlMetrics",
     "RateLimitConfig",
     "RedisRateLimiter",
+    "acquire_all",
     "get_flow_controller",
+    "list_limits",
+    "reset_limit",
+    "set_limit",
+    "try_acquire_all",
     "CircuitBreaker",
     "CircuitBreakerConfig",
     "CircuitState",
+    "BreakerExchange",
+    "BreakerSnapshot",
+    "breaker_registry",
     # workflows
     "MemoryManager",
     "get_memory_manager",
@@ -169,7 +209,9 @@ __all__ = [  # noqa: RUF022 - grouped for people
     "CircuitOpenError",
     "ConfigurationError",
     "CorruptEntryError",
+    "DurabilityError",
     "EmbeddedServerError",
+    "ForkedProcessError",
     "InternalError",
     "InvalidTaskError",
     "InvalidTaskTypeError",
@@ -184,13 +226,16 @@ __all__ = [  # noqa: RUF022 - grouped for people
     "StoreError",
     "StoreFullError",
     "StoreUnavailableError",
+    "StreamExhaustedError",
     "TaskCancelledError",
     "TaskFailedError",
     "TaskTooLargeError",
     "Throttled",
     "UnknownAgentError",
+    "UnsafeServerError",
     "WorkerPoolError",
     "WorkflowError",
+    "WrongLoopError",
     # modules
     "telemetry",
     "__version__",
@@ -199,25 +244,27 @@ __all__ = [  # noqa: RUF022 - grouped for people
 _HOMES = {
     "orchestra.app": "AgentHandle App",
     "orchestra._runs": "Run SendOptions",
-    "orchestra.tasks": "BaseTask DeadLetter Outcome Retry TaskDict TaskPriority TaskState",
+    "orchestra.tasks": "BaseTask Cancellation DeadLetter Outcome Retry RetryBudget TaskDict TaskPriority TaskState",
     "orchestra._queue_base": "DistributedLock QueueStats",
     "orchestra.memory_queue": "InMemoryTaskQueue",
     "orchestra.task_queue": "BaseTaskQueue RedisStreamTaskQueue",
-    "orchestra.agents": "Agent AgentOptions AgentRegistry get_agent_registry",
+    "orchestra.agents": "Agent AgentOptions AgentRegistry LimitUse get_agent_registry",
     "orchestra.dispatcher": "Dispatcher",
     "orchestra.scheduler": "PriorityScheduler SchedulerStatistics get_scheduler",
     "orchestra.load_balancer": "BaseLoadBalancerStrategy ConsistentHashStrategy LeastLoadedStrategy RandomStrategy RoundRobinStrategy WeightedRoundRobinStrategy create_load_balancer register_strategy",
     "orchestra.orchestration_worker_pool": "OrchestrationWorkerPoolConfig OrchestrationWorkerPoolMetrics QueueWorkerPool",
     "orchestra.worker_manager": "PoolSample ScalingRecommendation WorkerManager",
-    "orchestra.flow_control": "Admission BackpressureConfig BackpressureStrategy FlowControlMetrics RateLimitConfig RedisRateLimiter get_flow_controller",
-    "orchestra.circuit_breaker": "CircuitBreaker CircuitBreakerConfig CircuitState",
+    "orchestra.flow_control": "Admission BackpressureConfig BackpressureStrategy FlowControlMetrics RateLimitConfig RedisRateLimiter acquire_all get_flow_controller list_limits reset_limit set_limit try_acquire_all",
+    "orchestra._breaker_exchange": "BreakerExchange",
+    "orchestra.circuit_breaker": "BreakerSnapshot CircuitBreaker CircuitBreakerConfig CircuitState breaker_registry",
     "orchestra.memory": "MemoryManager get_memory_manager",
     "orchestra.orchestrator": "Orchestrator get_orchestrator",
     "orchestra.workflow": "StepState WorkflowEngine WorkflowState WorkflowStep get_workflow_engine",
     "orchestra._address": "Address parse_address",
+    "orchestra._durability": "Durability",
     "orchestra.connections": "ConnectionManager ServerInfo get_connection_manager",
     "orchestra.embedded": "EmbeddedServer",
-    "orchestra.errors": "BackpressureRejectedError CircuitOpenError ConfigurationError CorruptEntryError EmbeddedServerError InternalError InvalidTaskError InvalidTaskTypeError LockError MissingDependencyError OrchestraError QueueFullError Reject ResultUnavailableError RetryLater StoreAuthError StoreError StoreFullError StoreUnavailableError TaskCancelledError TaskFailedError TaskTooLargeError Throttled UnknownAgentError WorkerPoolError WorkflowError",
+    "orchestra.errors": "BackpressureRejectedError CircuitOpenError ConfigurationError CorruptEntryError DurabilityError EmbeddedServerError ForkedProcessError InternalError InvalidTaskError InvalidTaskTypeError LockError MissingDependencyError OrchestraError QueueFullError Reject ResultUnavailableError RetryLater StoreAuthError StoreError StoreFullError StoreUnavailableError StreamExhaustedError TaskCancelledError TaskFailedError TaskTooLargeError Throttled UnknownAgentError UnsafeServerError WorkerPoolError WorkflowError WrongLoopError",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 _MODULES = frozenset(("telemetry", "testing"))

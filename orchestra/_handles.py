@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -25,6 +25,7 @@ from typing import (
     overload,
 )
 
+from orchestra._limit_use import LimitUse
 from orchestra._queue_base import YIELD_EVERY
 from orchestra._runs import Run, SendOptions, post, send_options
 from orchestra.errors import ConfigurationError, InvalidTaskTypeError
@@ -32,6 +33,7 @@ from orchestra.flow_control import Admission, BackpressureConfig, RateLimitConfi
 from orchestra.tasks import BaseTask
 
 if TYPE_CHECKING:
+    from orchestra._breaker_rules import CircuitBreakerConfig
     from orchestra._signature import Signature
     from orchestra.agents import Limiter
     from orchestra.app import App
@@ -52,6 +54,11 @@ class ReplicaSettings(TypedDict, total=False):
     worker_id: str | None
     weight: int
     max_concurrency: int | None
+    limits: Sequence[LimitUse]
+    key: str | Callable[[BaseTask], Any] | None
+    failover: bool
+    type_concurrency: int | None
+    breaker: CircuitBreakerConfig | None
     priority: int
 
 
@@ -179,11 +186,28 @@ class AppLimiter:
         self._app = app
         self._made: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, RedisRateLimiter] = weakref.WeakKeyDictionary()
 
-    async def try_acquire(self, priority: int = 0, cost: int = 1) -> Admission:
-        """Ask for a permit, without waiting for one."""
+    def here(self) -> RedisRateLimiter:
+        """The limiter itself, for the running event loop."""
         loop = asyncio.get_running_loop()
         limiter = self._made.get(loop)
         if limiter is None:
             where = self._app.manager or "memory:"
             limiter = self._made[loop] = RedisRateLimiter(self.name, self.config, manager=where)
-        return await limiter.try_acquire(priority, cost)
+        return limiter
+
+    async def try_acquire(self, priority: int = 0, cost: int = 1) -> Admission:
+        """Ask for a permit, without waiting for one."""
+        return await self.here().try_acquire(priority, cost)
+
+
+def keyed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``options`` of an agent; its limiter is asked for its ``key``, where it has both.
+
+    Raises:
+        ConfigurationError: the limiter has no keys, or ``key`` or ``cost`` is wrong.
+    """
+    limiter, key = options.get("limiter"), options.get("key")
+    if limiter is None or key is None:
+        return dict(options)
+    use = LimitUse(limiter, key, options.get("cost", 1))
+    return {**options, "limiter": None, "limits": (use, *options.get("limits", ()))}

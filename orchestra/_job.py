@@ -20,7 +20,8 @@ from typing import Any
 from orchestra._job_file import JobIdentity, ResultsFile
 from orchestra._job_input import BadLine, TaskChecker
 from orchestra._job_records import BATCH, Record, records_of
-from orchestra._job_workers import Tally, Workers
+from orchestra._job_tally import Tally
+from orchestra._job_workers import Workers
 from orchestra.app import App
 from orchestra.errors import InvalidTaskError, OrchestraError, StoreError, StoreUnavailableError
 from orchestra.tasks import TaskDict
@@ -470,7 +471,7 @@ def _line(task: TaskDict, record: Record) -> dict[str, Any]:
         line["value"] = record.get("value")
     else:
         error = record.get("error") or {}
-        line["reason"] = record.get("reason", "unknown")
+        line["reason"] = record.get("reason", line["outcome"])
         line["attempts"] = record.get("attempts", 0)
         line["error"] = error.get("error", "")
         line["error_type"] = error.get("error_type", "")

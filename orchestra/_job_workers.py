@@ -3,7 +3,7 @@
 Owns starting, draining and replacing them, and telling :class:`Tally` what they do. A child gets its orders as one JSON
 line on standard input, which stays open: ``drain`` asks it to end well, its end means that the parent died, and then
 the child interrupts what it runs, releases it and ends. On standard output it tells, as JSON lines, what its
-dispatcher does; what agents print goes to standard error.
+dispatcher does; what agents print goes to standard error. What is told is counted by :mod:`orchestra._job_tally`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from orchestra import telemetry
+from orchestra._job_tally import Event, Tally, watch
 from orchestra._loading import load_app
 from orchestra.app import App
 from orchestra.dispatcher import Dispatcher
@@ -35,109 +35,6 @@ QUICK_DEATH = 5.0
 """A worker process that lives shorter counts towards giving up."""
 GIVE_UP = 5
 """Quick deaths in a row after which the job is given up."""
-RUN_TIMES = 20_000
-"""Run times kept per type; beyond it every new one replaces an old one."""
-
-Started = tuple[str, str]
-Settled = tuple[str, str, str, float, bool]
-Event = Started | Settled
-
-
-@dataclass(slots=True)
-class TypeTally:
-    """What is known of one task type; run times are seconds of attempts that completed."""
-
-    running: int = 0
-    retries: int = 0
-    completed: int = 0
-    run_s: list[float] = field(default_factory=list)
-
-    def took(self, seconds: float) -> None:
-        """Note a run time."""
-        if len(self.run_s) < RUN_TIMES:
-            self.run_s.append(seconds)
-        else:
-            self.run_s[self.completed % RUN_TIMES] = seconds
-        self.completed += 1
-
-    @property
-    def mean(self) -> float | None:
-        """Mean run time, None while unknown."""
-        return sum(self.run_s) / len(self.run_s) if self.run_s else None
-
-    @property
-    def p95(self) -> float | None:
-        """95th percentile of run times, None while unknown."""
-        return sorted(self.run_s)[min(len(self.run_s) - 1, int(0.95 * len(self.run_s)))] if self.run_s else None
-
-
-class Tally:
-    """What the workers of this run have been doing: running, retrying, how long."""
-
-    def __init__(self) -> None:
-        self.types: dict[str, TypeTally] = {}
-        self.retrying: set[str] = set()
-        """Ids of tasks that failed and wait for their next attempt."""
-        self.throttled: set[str] = set()
-        """Ids of tasks that a limit holds back."""
-        self.restarts = 0
-
-    def of(self, task_type: str) -> TypeTally:
-        """The numbers of ``task_type``."""
-        return self.types.setdefault(task_type, TypeTally())
-
-    @property
-    def running(self) -> int:
-        """Agents that run now."""
-        return sum(tally.running for tally in self.types.values())
-
-    def take(self, event: Event) -> None:
-        """Count one event."""
-        tally = self.of(event[1])
-        if len(event) == 2:
-            tally.running += 1
-            self.retrying.discard(event[0])
-            self.throttled.discard(event[0])
-            return
-        task_id, _, outcome, run_s, started = event
-        if started:
-            tally.running = max(0, tally.running - 1)
-        if outcome == "completed":
-            tally.took(run_s)
-        elif outcome == "retry":
-            tally.retries += 1
-            self.retrying.add(task_id)
-        elif outcome == "throttled":
-            self.throttled.add(task_id)
-
-    def forget(self, task_id: str) -> None:
-        """``task_id`` has ended."""
-        self.retrying.discard(task_id)
-        self.throttled.discard(task_id)
-
-
-def watch(tell: Callable[[Event], None]) -> Callable[[], None]:
-    """Tell what the dispatchers of this process do; returns what ends it."""
-    running: Counter[str] = Counter()
-
-    def started(_name: str, _numbers: Mapping[str, float], facts: Mapping[str, Any]) -> None:
-        running[facts["task_id"]] += 1
-        tell((facts["task_id"], facts["type"]))
-
-    def settled(_name: str, numbers: Mapping[str, float], facts: Mapping[str, Any]) -> None:
-        task_id, outcome = facts["task_id"], facts["outcome"]
-        began = running.pop(task_id, 0) > 0  # a task that was throttled or released has not started
-        if outcome in ("failed", "timed_out"):
-            outcome = "retry" if facts["retry_in_s"] is not None else "dead"
-        tell((task_id, facts["type"], outcome, numbers["run_s"], began))
-
-    ends = (telemetry.attach(started, "task.started"), telemetry.attach(settled, "task.settled"))
-
-    def detach() -> None:
-        for end in ends:
-            end()
-
-    return detach
 
 
 class Workers(Protocol):
@@ -273,9 +170,13 @@ class ProcessWorkers:
         return fault
 
     def _count_one(self, event: Any, running: Counter[str]) -> None:
-        before = self._tally.of(event[1]).running
+        if event[0] == "breaker":
+            self._tally.take(event)
+            return
+        task_type = event[2]
+        before = self._tally.running_of(task_type)
         self._tally.take(event)
-        running[event[1]] += self._tally.of(event[1]).running - before
+        running[task_type] += self._tally.running_of(task_type) - before
 
     def _fail(self, why: str) -> None:
         assert self._failure is not None
@@ -303,9 +204,7 @@ class ProcessWorkers:
 
 def kill_processes(app: App) -> None:
     """End the processes of plain functions now: an interpreter that exits waits for what they are doing."""
-    executor = app.agents._executors.get("process")
-    for process in list((getattr(executor, "_processes", None) or {}).values()):
-        process.kill()
+    app.agents.close()
 
 
 # -- the child

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, overload
 
+from orchestra._durability import Durability
 from orchestra._handles import (
     AgentDecorator,
     AgentHandle,
@@ -24,6 +26,7 @@ from orchestra._handles import (
     AppLimiter,
     AsyncAgentHandle,
     PlainAgentHandle,
+    keyed,
 )
 from orchestra._runs import Run, SendOptions, post, send_options
 from orchestra._signature import ProcessCall, Signature, make_call
@@ -35,7 +38,7 @@ from orchestra.flow_control import BackpressureConfig, RateLimitConfig
 from orchestra.memory_queue import InMemoryTaskQueue
 from orchestra.serialization import MAX_TASK_BYTES
 from orchestra.task_queue import BaseTaskQueue, RedisStreamTaskQueue
-from orchestra.tasks import BaseTask, Retry, TaskDict, TaskPriority, check_ident, check_name, require_int
+from orchestra.tasks import BaseTask, Cancellation, Retry, TaskDict, TaskPriority, check_ident, check_name, require_int
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -49,8 +52,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 GROUP = "workers"
 """The consumer group of every queue of an App."""
 _AGENT_OPTIONS = frozenset(
-    ("timeout", "retry", "executor", "limit", "cost", "worker_id", "weight", "max_concurrency", "priority")
+    (
+        *("timeout", "retry", "executor", "limit", "cost", "limits", "key", "failover", "type_concurrency", "priority"),
+        *("worker_id", "weight", "max_concurrency", "breaker"),
+    )
 )
+
+_PLACING = ("worker_id", "weight", "max_concurrency", "breaker")
 
 
 @dataclass(slots=True)
@@ -65,15 +73,18 @@ class _Used:
 class _QueueSettings:
     lease: float = 60.0
     max_length: int = 0
+    max_dead: int = 0
     max_task_bytes: int = MAX_TASK_BYTES
     dedup_window: float = 3600.0
     result_ttl: float = 3600.0
     max_deliveries: int = 3
+    durability: str = "accepted"
 
     def make(self, name: str, manager: ConnectionManager | None) -> BaseTaskQueue:
         shared: dict[str, Any] = {
             "claim_interval_ms": round(self.lease * 1000),
             "max_length": self.max_length,
+            "max_dead": self.max_dead,
             "max_task_bytes": self.max_task_bytes,
             "dedup_window": self.dedup_window,
             "result_ttl": self.result_ttl,
@@ -81,7 +92,7 @@ class _QueueSettings:
         }
         if manager is None:
             return InMemoryTaskQueue(name, GROUP, **shared)
-        return RedisStreamTaskQueue(name, GROUP, manager=manager, **shared)
+        return RedisStreamTaskQueue(name, GROUP, manager=manager, durability=self.durability, **shared)
 
 
 class App:
@@ -96,8 +107,10 @@ class App:
         retry: when failed attempts are repeated where an agent says nothing.
         concurrency: agents that a worker runs at once, 1 to 100,000.
         agents: the registry; by default one of its own.
-        max_length, max_task_bytes, dedup_window, result_ttl, max_deliveries: as of
+        max_length, max_dead, max_task_bytes, dedup_window, result_ttl, max_deliveries: as of
             :class:`~orchestra.task_queue.RedisStreamTaskQueue`.
+        durability: how safe a task is when it has been sent, such as ``"replicated(1)"``; by default
+            ``ORCHESTRA_DURABILITY``, else ``"accepted"``. ``memory:`` can do nothing more.
 
     Raises:
         ConfigurationError: naming the argument that is wrong.
@@ -114,10 +127,12 @@ class App:
         concurrency: int = 100,
         agents: AgentRegistry | None = None,
         max_length: int = 0,
+        max_dead: int = 0,
         max_task_bytes: int = MAX_TASK_BYTES,
         dedup_window: float = 3600.0,
         result_ttl: float = 3600.0,
         max_deliveries: int = 3,
+        durability: Durability | str | None = None,
     ) -> None:
         self.name = check_name("App name", name)
         self.queue_name = check_name("queue", name if queue is None else queue)
@@ -136,10 +151,12 @@ class App:
         self._settings = _QueueSettings(
             lease=lease,
             max_length=max_length,
+            max_dead=max_dead,
             max_task_bytes=max_task_bytes,
             dedup_window=dedup_window,
             result_ttl=result_ttl,
             max_deliveries=max_deliveries,
+            durability=_durability(durability),
         )
         self._settings.make(self.queue_name, None)  # a wrong setting is an error here, not at the first use
         self._options: dict[str, dict[str, Any]] = {}
@@ -179,6 +196,7 @@ class App:
         used = self._used.get(loop)
         if used is None:
             manager = None if self.address.scheme == "memory" else ConnectionManager(self.address)
+            _require_durable(self.name, self._settings.durability, manager)
             used = self._used[loop] = _Used(self._settings.make(self.queue_name, manager), manager)
         return used
 
@@ -192,6 +210,8 @@ class App:
             raise ConfigurationError(f"App {self.name!r} is in use: bind it before its first use", field="bind")
         if unknown := sorted(set(settings) - set(_QueueSettings.__dataclass_fields__)):
             raise ConfigurationError(f"an App's queue has no setting {unknown[0]!r}", field=unknown[0])
+        if "durability" in settings:
+            settings["durability"] = _durability(settings["durability"])
         chosen = replace(self._settings, **settings)
         name = self.queue_name if queue is None else check_name("queue", queue)
         chosen.make(name, None)
@@ -253,8 +273,9 @@ class App:
         ``retry``: when failed attempts are repeated (by default the App's). ``executor``: where a plain function runs,
         ``"thread"`` or ``"process"`` (then it must be at the top level of an importable module). ``limit``: a rate
         limit shared by all workers, or a limiter; a refusal delays the task, without a retry. ``cost``: permits that
-        an attempt takes. ``worker_id``, ``weight``, ``max_concurrency``: of this replica, see
-        :meth:`~orchestra.agents.AgentRegistry.register`. ``priority``: of the tasks it is sent, unless ``using`` says
+        an attempt takes. ``key``: what the limit is counted for, such as ``"{tenant}"``: each key has a limit of its
+        own. ``limits``, ``failover``, ``type_concurrency``: see :class:`~orchestra.agents.AgentOptions`. ``worker_id``, ``weight``, ``max_concurrency``, ``breaker``: of this
+        replica, see :meth:`~orchestra.agents.AgentRegistry.register`. ``priority``: of the tasks it is sent, unless ``using`` says
         otherwise.
 
         Raises:
@@ -278,7 +299,7 @@ class App:
         _require_known(name, options)
         options = dict(options)
         send = SendOptions(priority=_priority(options.pop("priority", None), self.handles.get(name)))
-        placing = {key: options.pop(key) for key in ("worker_id", "weight", "max_concurrency") if key in options}
+        placing = {key: options.pop(key) for key in _PLACING if key in options}
         self._refuse_twin(name, placing.get("worker_id") or name, function)
         if "limit" in options:
             options["limiter"] = self._limiter(name, options.pop("limit"))
@@ -286,7 +307,7 @@ class App:
         call = make_call(function, signature)
         if merged.get("executor") == "process" and not inspect.iscoroutinefunction(function):
             call = ProcessCall(function, name)
-        self.agents.register(name, call, **placing, **merged)
+        self.agents.register(name, call, **placing, **keyed(merged))
         self._options[name] = merged
         kind = AsyncAgentHandle if inspect.iscoroutinefunction(function) else PlainAgentHandle
         handle: AgentHandle[..., Any] = kind(self, name, function, signature, send)
@@ -356,6 +377,15 @@ class App:
         """The handle on a task that somebody sent with ``want_result``; no round trip, no check that it exists."""
         return Run(self, check_ident("task id", task_id), task_type, "", wanted=True)
 
+    async def cancel(self, task_id: str) -> Cancellation:
+        """Cancel a task by its id; see :meth:`Run.cancel`, which knows where to look and so ends more tasks at once.
+
+        Raises:
+            ConfigurationError: no task can have this id.
+            StoreUnavailableError: Redis was unavailable for too long.
+        """
+        return await self.queue.cancel(task_id)
+
     # -- running
 
     def worker(self, concurrency: int | None = None, **options: Any) -> Dispatcher:
@@ -422,6 +452,19 @@ class App:
 
     def __repr__(self) -> str:
         return f"<App {self.name} queue={self.queue_name} agents={len(self.agents)}>"
+
+
+def _durability(given: Durability | str | None) -> str:
+    return str(Durability.parse(os.environ.get("ORCHESTRA_DURABILITY", "accepted") if given is None else given))
+
+
+def _require_durable(name: str, durability: str, manager: ConnectionManager | None) -> None:
+    if manager is None and durability != "accepted":
+        raise ConfigurationError(
+            f"App {name!r} asks for durability {durability}, but memory: keeps nothing: give it a Redis, or accepted",
+            field="durability",
+            value=durability,
+        )
 
 
 def _address(redis: str | Address | None) -> Address | None:

@@ -26,7 +26,7 @@ from orchestra.errors import (
 if TYPE_CHECKING:
     from typer import Typer
 
-_COMMANDS = ("run", "worker", "submit", "stats", "dlq", "doctor")
+_COMMANDS = ("run", "worker", "submit", "cancel", "stats", "dlq", "limits", "breakers", "doctor")
 _BROKEN_PIPE = 141  # as the shell counts SIGPIPE
 _EPILOG = (
     "Exit status: 0 done, 1 failure, 2 wrong usage or configuration, 3 dead tasks or findings, 130 interrupted. "
@@ -84,7 +84,7 @@ def _commands(wanted: str) -> Typer:
     app.callback()(_root())
     for name in (wanted,) if wanted in _COMMANDS else _COMMANDS:
         module = importlib.import_module(f"orchestra.cli.{name}")
-        if name == "dlq":
+        if hasattr(module, "commands"):
             app.add_typer(module.commands(), name=name)
         else:
             _add(app, module, name)

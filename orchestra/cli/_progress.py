@@ -159,7 +159,7 @@ class ProgressView:
                 Text(f"{tally.running} running", style="cyan") if tally.running else "",
                 Text(f"{tally.retries} retries", style="yellow") if tally.retries else "",
                 Text(f"{progress.dead} dead", style="red") if progress.dead else "",
-                Text(f"{duration(tally.mean)} each", style="dim"),
+                Text(f"{duration(tally.times.mean)} each", style="dim"),
             )
         return rows
 

@@ -22,12 +22,14 @@ from orchestra._address import Address
 from orchestra._job import KEEP, Job, JobEngine
 from orchestra._job_file import JobIdentity, ResultsFile, Sidecar, new_identity
 from orchestra._job_input import BadLine, TaskChecker, open_input, parse_line, read_lines
-from orchestra._job_workers import LocalWorkers, Orders, ProcessWorkers, Tally, Workers, kill_processes
+from orchestra._job_tally import Tally
+from orchestra._job_workers import LocalWorkers, Orders, ProcessWorkers, Workers, kill_processes
 from orchestra._loading import load_app
 from orchestra.cli._options import RedisOption, TargetArgument, examples
 from orchestra.cli._output import clean, console, row, table
 from orchestra.cli._progress import ProgressView, clock, duration
 from orchestra.cli._status import DEAD, FAILURE, OK
+from orchestra.cli._steering import steering
 from orchestra.embedded import default_directory
 from orchestra.errors import ConfigurationError, InvalidTaskError, OrchestraError
 from orchestra.tasks import require_int
@@ -351,6 +353,9 @@ class _Run:
         ended_well = not engine.stopped and engine.failure is None
         if ended_well and not self.options.quiet and not self.options.json and len(engine.file):
             status = await self._report(engine, job) or status
+            steered = steering(self.app, engine.tally)
+            if steered is not None:
+                self.out.print(steered)
         letter = await self._first_letter(engine) if engine.file.dead and ended_well else None
         if self.options.json:
             print(json.dumps(self._summary(engine, status)))
@@ -468,6 +473,6 @@ def _table(engine: JobEngine) -> Table:
     for name, progress in sorted(engine.types.items()):
         tally = engine.tally.of(name)
         dead = Text(f"{progress.dead:,}", style="red" if progress.dead else "dim")
-        times = (duration(tally.mean), duration(tally.p95))
+        times = (duration(tally.times.mean), duration(tally.times.percentile(0.95)))
         row(made, (name, f"{progress.completed:,}", dead, f"{tally.retries:,}", *times))
     return made

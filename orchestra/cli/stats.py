@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from orchestra._queue_base import QueueStats
 
 EPILOG = examples("orchestra stats", "orchestra stats triage --watch", "orchestra stats jobs:app --json")
-SHOWN = ("produced", "completed", "retried", "throttled", "reclaimed", "dead", "replayed", "duplicates")
+SHOWN = ("produced", "completed", "retried", "throttled", "reclaimed", "dead", "cancelled", "replayed", "duplicates")
 
 
 def stats(

@@ -51,7 +51,7 @@ def command(*args: str) -> list[str]:
 FORKS = """
 import json, os, sys
 import orchestra.cli as cli
-for name in ("worker", "submit", "dlq", "stats", "doctor"):
+for name in ("worker", "submit", "cancel", "dlq", "stats", "doctor"):
     __import__(f"orchestra.cli.{name}")
 import typer.main, typer.rich_utils
 for line in sys.stdin:
@@ -159,9 +159,9 @@ def worker(folder):
 def test_help_is_for_newcomers(cli):
     status, out, _ = cli("--help")
     assert status == 0
-    for name in ("worker", "submit", "dlq", "stats", "doctor", "Exit status"):
+    for name in ("worker", "submit", "cancel", "dlq", "stats", "doctor", "Exit status"):
         assert name in out
-    for name in ("worker", "submit", "stats", "doctor"):
+    for name in ("worker", "submit", "cancel", "stats", "doctor"):
         status, out, _ = cli(name, "--help")
         assert (status, "Examples:" in out, "Exit status:" in out) == (0, True, True)
     status, out, _ = cli("dlq", "purge", "--help")
@@ -191,6 +191,10 @@ def test_help_is_for_newcomers(cli):
         (("stats", "--redis", "embedded:/dev/null/x"), 1, "cannot make /dev/null/x"),
         (("stats", "--redis", "memory:"), 2, "memory: lives inside one process"),
         (("stats", "gone"), 2, "there is no queue 'gone'"),
+        (("cancel",), 2, "Missing argument 'TARGET|QUEUE'"),
+        (("cancel", "jobs.py"), 2, "Missing argument 'TASK_ID...'"),
+        (("cancel", "jobs.py", "fine", "a b"), 2, "task id must be 1 to 128 printable ASCII characters"),
+        (("cancel", "gone", "x"), 2, "there is no queue 'gone'"),
         (("dlq", "ls"), 2, "name a queue"),
         (("dlq", "show", "jobs"), 2, "give the id"),
         (("dlq", "replay", "jobs"), 2, "give ids of dead letters, or --all"),
@@ -417,6 +421,49 @@ def test_dead_letters_are_replayed_and_purged(cli, dead):
     assert "has no dead letters" in cli("dlq", "ls", "jobs")[1]
 
 
+# -- cancel
+
+
+def test_tasks_are_cancelled_by_their_ids(cli):
+    """H12: waiting, delayed, unknown, ended; by target and by queue."""
+    cli("submit", "jobs.py", "shout", '{"text": "a"}', "--id", "a")
+    cli("submit", "jobs.py", "shout", '{"text": "b"}', "--id", "b", "--delay", "600")
+    status, out, err = cli("cancel", "jobs.py", "a", "b", "nobody")
+    assert status == 0
+    assert out.splitlines() == [
+        "cancelled a",
+        "cancelled b",
+        "requested nobody: a worker ends it when it learns of it",
+    ]
+    assert "no worker" in err
+    status, out, err = cli("cancel", "jobs", "a", "--json")
+    assert (status, json.loads(out), err) == (0, {"id": "a", "cancellation": "ended", "queue": "jobs"}, "")
+    assert cli("cancel", "jobs", "b")[1] == "had ended b\n"
+    stats = json.loads(cli("stats", "jobs", "--json")[1])
+    assert (stats["live"], stats["counters"]["cancelled"]) == (0, 2)
+
+
+def test_a_running_task_is_cancelled(cli, folder, worker):
+    """H12: the worker, another process, ends it; who waits for it, a third one, is told."""
+    running = worker("jobs.py")
+    waiting = Background(folder, "submit", "jobs.py", "slow", '{"seconds": 600}', "--id", "s", "--wait")
+    try:
+        waiting.wait_for("waiting for its result")
+        end = time.monotonic() + 20
+        while sum(json.loads(cli("stats", "jobs", "--json")[1])["in_flight"]) == 0:
+            assert time.monotonic() < end
+        status, out, err = cli("cancel", "jobs.py", "s")
+        assert (status, out, err) == (0, "requested s: a worker ends it when it learns of it\n", "")
+        assert waiting.process.wait(20) == 1
+        assert "was cancelled" in waiting.log
+    finally:
+        if waiting.process.poll() is None:
+            waiting.process.kill()
+            waiting.process.wait(5)
+    running.signal(signal.SIGTERM)
+    assert running.status() == 0
+
+
 # -- stats and doctor
 
 
@@ -453,7 +500,7 @@ def test_doctor_says_what_is_wrong(cli, make_server):
     bad = make_server("--maxmemory", "200mb", "--maxmemory-policy", "allkeys-lru")
     status, out, _ = cli("doctor", "jobs.py", "--redis", bad.url)
     assert status == 3
-    assert re.search(r"XX  eviction +allkeys-lru", out)
+    assert re.search(r"XX  maxmemory-policy +allkeys-lru", out)
     assert re.search(r"!!  persistence +none", out)
     assert re.search(r"queue +jobs +\(the name of jobs.py\)", out)
     assert re.search(r"retry.max_retries +1 +\(jobs.py\)", out)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from orchestra.connections import ConnectionManager
+from orchestra.flow_control import set_limit
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -68,8 +73,8 @@ def tree(tmp_path):
     return root
 
 
-def run(here: Path, *args) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "orchestra.cli", "run", str(EXAMPLES / "code_audit.py"), *map(str, args)]
+def run(here: Path, *args, target: Path = EXAMPLES / "code_audit.py") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "orchestra.cli", "run", str(target), *map(str, args)]
     return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=120)
 
 
@@ -115,6 +120,16 @@ async def test_docs(audit, tree):
     assert (await audit.docs_quick(str(tree), "pkg/deep.py"))["grade"] == "F"
 
 
+async def test_the_service_is_away_first(audit, tree, monkeypatch):
+    monkeypatch.setattr(audit, "service", audit.Service())
+    for _ in range(2):
+        with pytest.raises(ConnectionRefusedError, match="restarted"):
+            await audit.docs_service(str(tree), "pkg/plain.py")
+    monkeypatch.setattr(audit.service, "back_at", time.monotonic())
+    graded = {"path": "pkg/plain.py", "by": "service", "coverage": 1.0, "grade": "A"}
+    assert await audit.docs_service(str(tree), "pkg/plain.py") == graded
+
+
 def test_the_score_says_why(audit):
     facts = {
         "complexity": 42,
@@ -142,7 +157,7 @@ def test_a_sound_tree_ends_with_0(tree, tmp_path, redis_url):
         "summary": 2,
         "verdict": 1,
     }
-    assert {line["value"]["by"] for line in out.values() if line["type"] == "docs"} == {"careful", "quick"}
+    assert {line["value"]["by"] for line in out.values() if line["type"] == "docs"} <= {"careful", "service", "quick"}
     table = done.stdout[done.stdout.index("The ten worst files") :]
     assert table.index("risky.py") < table.index("pkg/deep.py")
     assert "5 risks" in table
@@ -160,7 +175,55 @@ def test_a_file_that_is_no_python_is_a_dead_letter(tree, tmp_path, redis_url):
     assert "orchestra dlq show" in done.stdout
     again = run(tmp_path, tree)
     assert again.returncode == 3
+    assert "How it was steered" in done.stdout
+    assert "How it was steered" not in again.stdout
     assert "18 of 18 tasks ended" in again.stdout, again.stdout
+
+
+def steered(stdout: str) -> dict[str, list[str]]:
+    """The words of each line of "How it was steered", by the replica, or by the first words."""
+    lines = stdout[stdout.index("How it was steered") :].splitlines()
+    words = [line.removeprefix("docs").split() for line in lines]
+    return {each[0] if each[0] not in ("limit", "breaker") else " ".join(each[:3]): each for each in words if each}
+
+
+FEW_REFUSALS = """
+from code_audit import Service, app
+
+refused = []
+
+async def ask(self, text):
+    if len(refused) < 4:
+        refused.append(text)
+        raise ConnectionRefusedError("away")
+    return 1.0
+
+Service.ask = ask
+"""
+
+
+@pytest.mark.slow
+async def test_limit_weights_and_breaker_at_work(tmp_path, redis_url, monkeypatch):
+    """Three refusals open the breaker, the first probe is refused, the second closes it; a limit keeps tasks coming."""
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES), prepend=os.pathsep)
+    tree = tmp_path / "tree" / "pkg"
+    tree.mkdir(parents=True)
+    for number in range(40):
+        (tree / f"m{number}.py").write_text('"""Nothing."""\n')
+    (tmp_path / "audit.py").write_text(FEW_REFUSALS)
+    async with ConnectionManager(redis_url) as manager:
+        await set_limit("code-audit.docs", rate=8, burst=4, manager=manager)
+    done = run(tmp_path, tree.parent, target=tmp_path / "audit.py")
+    assert done.returncode == 0, done.stderr
+    assert "(122 lines, 0 dead)" in done.stdout  # what the replica refused costs no task
+    rows = steered(done.stdout)
+    assert [rows[replica][3] for replica in ("careful", "service", "quick")] == ["50.0%", "33.3%", "16.7%"]
+    assert sum(int(rows[replica][1]) for replica in ("careful", "service", "quick")) == 40
+    assert int(rows["careful"][-1]) > 0  # throttled
+    assert rows["service"][-1] == "4"  # failed
+    assert " ".join(rows["limit of docs"][3:]) == "120 per s, 40 at once, for each key"
+    told = " ".join(rows["breaker of docs/service"][3:])
+    assert re.fullmatch(r"opened at [\d.]+ s, recovered after [\d.]+ s", told)
 
 
 def descendants(pid: int) -> set[int]:

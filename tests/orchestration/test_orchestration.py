@@ -328,7 +328,7 @@ async def test_dispatcher_consumer_task(task_queue, agents):
     async def watch():
         nonlocal most, ahead
         while True:
-            most, ahead = max(most, dispatcher.held), max(ahead, dispatcher._prefetch)
+            most, ahead = max(most, dispatcher.held), max(ahead, dispatcher._prefetch.size)
             await asyncio.sleep(0)
 
     async with Dispatcher(task_queue, agents=agents, max_concurrent_dispatch=3, batch_size=4) as dispatcher:
@@ -392,7 +392,7 @@ async def test_an_unexpected_error_of_the_queue_loses_no_verdict(task_queue, age
 async def test_a_stale_delivery_that_is_no_task_is_reported_all_the_same(task_queue, agents):
     dispatcher = Dispatcher(task_queue, agents=agents)
     with Recorder("task.stale") as recorder:
-        dispatcher._report_stale([Delivery(2, b"1-1", (b"t", b"garbage"), "consumer")])
+        dispatcher._settlements._tell_stale([Delivery(2, b"1-1", (b"t", b"garbage"), "consumer")])
     assert [event.metadata["task_id"] for event in recorder.events] == ["?"]
 
 

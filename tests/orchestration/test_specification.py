@@ -327,7 +327,7 @@ async def test_task_queue_example(works):
         pass
 
     async with await task_queue.get_lock(lock_name, expire_time=30) as lock:
-        assert lock.fence == 2
+        assert lock.fence >= 2
     await task_queue.close()
 
 

@@ -189,7 +189,9 @@ def test_import_path(module, name):
     assert getattr(importlib.import_module(f"orchestra.{module}"), name) is getattr(orchestra, name)
 
 
-@pytest.mark.parametrize("name", [*ELSEWHERE.split(), *{name for names in MODULES.values() for name in names.split()}])
+@pytest.mark.parametrize(
+    "name", [*ELSEWHERE.split(), *sorted({name for names in MODULES.values() for name in names.split()})]
+)
 def test_importable_from_the_package(name):
     assert name in orchestra.__all__
     assert getattr(orchestra, name).__doc__

@@ -200,7 +200,7 @@ def test_scalars_become_plain(scalar, plain):
         (np.complex64(1), "does not travel"),
         (np.zeros(1, [("x", "i4")])[0], "a void does not travel"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_does_not_travel(value, text):
     with pytest.raises(errors.InvalidTaskTypeError, match=rf"^value\.a\[0\]: .*{text}"):
