@@ -96,7 +96,7 @@ class AgentOptions:
                 f"agent limiter must have try_acquire(priority, cost), got {self.limiter!r}", field="limiter"
             )
         require_int("agent cost", self.cost, 1, 1_000_000_000, unit="permits")
-        if isinstance(self.limits, str) or not all(isinstance(use, LimitUse) for use in self.limits):
+        if not all(isinstance(use, LimitUse) for use in self.limits):
             raise ConfigurationError(
                 f"agent limits must be LimitUse objects, got {self.limits!r}", field="limits", value=self.limits
             )
