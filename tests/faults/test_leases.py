@@ -245,6 +245,28 @@ async def test_a11_a_slow_agent_keeps_its_task_as_long_as_it_is_healthy(manager)
 
 
 @pytest.mark.slow
+async def test_c10_a_round_trip_of_a_seventh_of_the_lease_costs_no_lease(redis_url):
+    """C10: renewals wait long enough for a slow link, and greet the server before they are urgent."""
+    lease_ms, seen = 2000, []
+    agents = AgentRegistry()
+
+    async def slow(task):
+        seen.append(task.id)
+        await asyncio.sleep(2 * lease_ms / 1000)
+
+    agents.register("slow", slow)
+    async with Proxy(redis_url) as proxy, ConnectionManager(proxy.url) as manager:
+        queue = queue_for(manager, lease_ms)
+        await queue.produce_many([{"id": f"t{n}", "type": "slow"} for n in range(5)])
+        proxy.delay(0.14)
+        async with Dispatcher(queue, agents=agents):
+            stats = await settled(queue, 60)
+        await queue.close()
+    assert sorted(seen) == [f"t{n}" for n in range(5)]
+    assert stats.counters == {"produced": 5, "completed": 5}
+
+
+@pytest.mark.slow
 async def test_c11_a_worker_that_is_cut_off_cancels_by_its_own_clock(redis_server, redis_url, manager):
     """C11: black hole for one worker only: its agent is cancelled while it is cut off, the other worker takes over."""
     lease_ms, story = 1500, []
