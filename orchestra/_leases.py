@@ -48,6 +48,8 @@ LOOK = 1.0
 """Seconds between two looks at the event loop."""
 CHUNK = 500
 SHORTEST_TIMEOUT = 0.05
+LEAST_STANDSTILL = 0.05
+"""Seconds beyond two timeouts after which an attempt was not slow, but interrupted by a stop of the process."""
 
 
 class LeaseBook:
@@ -260,8 +262,15 @@ class LeaseKeeper(AbstractAsyncContextManager[None]):
         ]
 
     def _try_to_renew(self, due: list[Delivery]) -> None:
+        began = time.monotonic()
         try:
-            self._renew(due)
+            try:
+                self._renew(due)
+            except Exception:
+                if time.monotonic() - began < 2 * self._timeout + LEAST_STANDSTILL:
+                    raise
+                self._disconnect()  # this process was stopped meanwhile: that it got no answer says nothing
+                self._renew(due)
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of the connection
             log = logger.debug if self._failing else logger.warning
             log("%d leases of %s were not renewed: %s", len(due), self._of.consumer, map_redis_error(error))
