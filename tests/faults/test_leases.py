@@ -247,7 +247,7 @@ async def test_a11_a_slow_agent_keeps_its_task_as_long_as_it_is_healthy(manager)
 @pytest.mark.slow
 async def test_c10_a_round_trip_of_a_seventh_of_the_lease_costs_no_lease(redis_url):
     """C10: renewals wait long enough for a slow link, and greet the server before they are urgent."""
-    lease_ms, seen = 2000, []
+    lease_ms, seen = 3000, []
     agents = AgentRegistry()
 
     async def slow(task):
@@ -258,7 +258,7 @@ async def test_c10_a_round_trip_of_a_seventh_of_the_lease_costs_no_lease(redis_u
     async with Proxy(redis_url) as proxy, ConnectionManager(proxy.url) as manager:
         queue = queue_for(manager, lease_ms)
         await queue.produce_many([{"id": f"t{n}", "type": "slow"} for n in range(5)])
-        proxy.delay(0.14)
+        proxy.delay(0.2)
         async with Dispatcher(queue, agents=agents):
             stats = await settled(queue, 60)
         await queue.close()
