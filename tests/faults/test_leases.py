@@ -61,8 +61,8 @@ async def test_a5_a_stopped_worker_learns_at_once_that_it_lost_its_task(manager,
     (mine,) = await steal(queue, lease_ms)
     assert (mine.deliveries, mine.header.id) == (2, "t")
     assert mine.fence > started["fence"]
+    woken = time.monotonic()  # before the signal: the other process may be quicker than this one
     zombie.go_on()
-    woken = time.monotonic()
     (cancelled,) = await zombie.says("cancelled")
     await zombie.says("task.stale")
     assert cancelled["at"] >= woken
