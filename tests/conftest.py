@@ -144,6 +144,16 @@ async def manager(redis_url):
         yield connected
 
 
+@pytest.fixture
+def agents():
+    """An empty registry, whose threads and processes end with the test."""
+    from orchestra.agents import AgentRegistry
+
+    registry = AgentRegistry()
+    yield registry
+    registry.close()
+
+
 @pytest.fixture(autouse=True)
 def no_leaked_threads():
     """A thread that orchestra started must end with the test that started it."""

@@ -48,13 +48,6 @@ async def queue(manager):
 
 
 @pytest.fixture
-def agents():
-    registry = AgentRegistry()
-    yield registry
-    registry.close()
-
-
-@pytest.fixture
 def quickly_stuck(monkeypatch):
     """An agent counts as stuck a moment after it was interrupted."""
     monkeypatch.setattr(engine, "STUCK_AFTER", 0.1)

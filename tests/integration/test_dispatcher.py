@@ -8,7 +8,6 @@ import time
 
 import pytest
 
-from orchestra.agents import AgentRegistry
 from orchestra.dispatcher import Dispatcher
 from orchestra.errors import Reject, RetryLater, StoreUnavailableError, Throttled
 from orchestra.flow_control import BackpressureConfig, RateLimitConfig, RedisRateLimiter
@@ -23,13 +22,6 @@ async def queue(manager):
     queue = RedisStreamTaskQueue("tasks", "workers", 5_000, manager=manager)
     yield queue
     await queue.close()
-
-
-@pytest.fixture
-def agents():
-    registry = AgentRegistry()
-    yield registry
-    registry.close()
 
 
 async def until(condition, seconds=5.0):

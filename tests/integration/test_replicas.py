@@ -8,12 +8,12 @@ from collections import Counter
 
 import pytest
 
-from orchestra.agents import AgentRegistry
 from orchestra.circuit_breaker import CircuitBreakerConfig, CircuitState
 from orchestra.dispatcher import Dispatcher
 from orchestra.errors import RetryLater, Throttled, UnknownAgentError
 from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import Outcome, Retry
+from tests.integration.waiting import settled, until
 
 NEVER = Retry(max_retries=0)
 QUICK = Retry(max_retries=3, base=0.01, max_delay=0.05)
@@ -24,29 +24,6 @@ async def queue(manager):
     queue = RedisStreamTaskQueue("tasks", "workers", 30_000, manager=manager)
     yield queue
     await queue.close()
-
-
-@pytest.fixture
-def agents():
-    registry = AgentRegistry()
-    yield registry
-    registry.close()
-
-
-async def until(condition, seconds=30.0):
-    """Wait until the plain function ``condition`` gives something true."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-async def settled(queue, seconds=30.0):
-    """The statistics of ``queue`` once nothing is live; they must add up."""
-    async with asyncio.timeout(seconds):
-        while (stats := await queue.stats()).live:
-            await asyncio.sleep(0.01)
-    assert stats.adds_up, stats
-    return stats
 
 
 class Replicas:

@@ -15,6 +15,7 @@ from orchestra.errors import CircuitOpenError, ConfigurationError, Throttled
 from orchestra.flow_control import BackpressureConfig, RateLimitConfig, RedisRateLimiter
 from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import Outcome, Retry
+from tests.integration.waiting import settled, until
 
 NEVER = Retry(max_retries=0)
 
@@ -26,33 +27,10 @@ async def queue(manager):
     await queue.close()
 
 
-@pytest.fixture
-def agents():
-    registry = AgentRegistry()
-    yield registry
-    registry.close()
-
-
 def limit(manager, name, rate, burst=1, **options):
     return RedisRateLimiter(
         name, BackpressureConfig(rate_limit=RateLimitConfig(rate=rate, burst=burst), **options), manager=manager
     )
-
-
-async def until(condition, seconds=60.0):
-    """Wait until the plain function ``condition`` gives something true."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
-async def settled(queue, seconds=60.0):
-    """The statistics of ``queue`` once nothing is live; they must add up."""
-    async with asyncio.timeout(seconds):
-        while (stats := await queue.stats()).live:
-            await asyncio.sleep(0.02)
-    assert stats.adds_up, stats
-    return stats
 
 
 def heard(*names):
