@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from benchmarks._server import Raw, Server, resp
 from orchestra._keys import QueueKeys
+from orchestra._queue.produce import TOKEN_WINDOW_MS
 from orchestra._scripts import script
-from orchestra._stream_produce import TOKEN_WINDOW_MS
 from orchestra.serialization import encode_task
 
 QUEUE, GROUP, CONSUMER = "bench", "bench-group", "raw"

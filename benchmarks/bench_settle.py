@@ -19,8 +19,8 @@ from benchmarks._server import Server, resp
 from benchmarks._table import Row
 from benchmarks._worker import cpu_seconds
 from orchestra._delivery import DONE, Delivery
+from orchestra._queue.settle import SettlePlanner
 from orchestra._scripts import script
-from orchestra._stream_settle import SettlePlanner
 
 ROUND = 4
 """Batches that are pending at once and settled in one go, as by a worker with a prefetch."""

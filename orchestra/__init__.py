@@ -23,11 +23,11 @@ except ModuleNotFoundError as _error:
     ) from _error
 
 if TYPE_CHECKING:
-    from orchestra._address import Address, parse_address
-    from orchestra._breaker_exchange import BreakerExchange
+    from orchestra._breakers.exchange import BreakerExchange
     from orchestra._durability import Durability
-    from orchestra._queue_base import DistributedLock, QueueStats
-    from orchestra._runs import Run, SendOptions
+    from orchestra._front.runs import Run, SendOptions
+    from orchestra._queue.base import DistributedLock, QueueStats
+    from orchestra._redis.address import Address, parse_address
     from orchestra.agents import Agent, AgentOptions, AgentRegistry, LimitUse, get_agent_registry
     from orchestra.app import AgentHandle, App
     from orchestra.circuit_breaker import (
@@ -243,9 +243,9 @@ __all__ = [  # noqa: RUF022 - grouped for people
 
 _HOMES = {
     "orchestra.app": "AgentHandle App",
-    "orchestra._runs": "Run SendOptions",
+    "orchestra._front.runs": "Run SendOptions",
     "orchestra.tasks": "BaseTask Cancellation DeadLetter Outcome Retry RetryBudget TaskDict TaskPriority TaskState",
-    "orchestra._queue_base": "DistributedLock QueueStats",
+    "orchestra._queue.base": "DistributedLock QueueStats",
     "orchestra.memory_queue": "InMemoryTaskQueue",
     "orchestra.task_queue": "BaseTaskQueue RedisStreamTaskQueue",
     "orchestra.agents": "Agent AgentOptions AgentRegistry LimitUse get_agent_registry",
@@ -255,12 +255,12 @@ _HOMES = {
     "orchestra.orchestration_worker_pool": "OrchestrationWorkerPoolConfig OrchestrationWorkerPoolMetrics QueueWorkerPool",
     "orchestra.worker_manager": "PoolSample ScalingRecommendation WorkerManager",
     "orchestra.flow_control": "Admission BackpressureConfig BackpressureStrategy FlowControlMetrics RateLimitConfig RedisRateLimiter acquire_all get_flow_controller list_limits reset_limit set_limit try_acquire_all",
-    "orchestra._breaker_exchange": "BreakerExchange",
+    "orchestra._breakers.exchange": "BreakerExchange",
     "orchestra.circuit_breaker": "BreakerSnapshot CircuitBreaker CircuitBreakerConfig CircuitState breaker_registry",
     "orchestra.memory": "MemoryManager get_memory_manager",
     "orchestra.orchestrator": "Orchestrator get_orchestrator",
     "orchestra.workflow": "StepState WorkflowEngine WorkflowState WorkflowStep get_workflow_engine",
-    "orchestra._address": "Address parse_address",
+    "orchestra._redis.address": "Address parse_address",
     "orchestra._durability": "Durability",
     "orchestra.connections": "ConnectionManager ServerInfo get_connection_manager",
     "orchestra.embedded": "EmbeddedServer",

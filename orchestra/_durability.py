@@ -1,7 +1,7 @@
 """How sure a sender is that an added task survives: the value type :class:`Durability`, and nothing else.
 
 Owns the three modes, their ranges and their text form. Refuses to own how Redis is asked
-(:mod:`orchestra._durable_send`). Immutable; safe from any thread. What each mode may still lose is the table of
+(:mod:`orchestra._redis.durable_send`). Immutable; safe from any thread. What each mode may still lose is the table of
 ``docs/durability.md``.
 """
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orchestra import _backoff, telemetry
-from orchestra._admission import BadLimitError, Gate
 from orchestra._delivery import DONE, Again, Bury, Cancel, Complete, Delivery, Verdict, corrupt_verdict
-from orchestra._executors import Left, leave_child
-from orchestra._limit_use import Limiter
+from orchestra._dispatch.admission import BadLimitError, Gate
+from orchestra._limiting.use import Limiter
+from orchestra._pool.executors import Left, leave_child
 from orchestra.agents import AgentOptions, AgentRegistry, AgentType, Replica, unknown_agent
 from orchestra.circuit_breaker import CircuitState
 from orchestra.errors import CircuitOpenError, CorruptEntryError, Reject, RetryLater, Throttled

@@ -16,8 +16,8 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
-from orchestra._executors import FunctionProcesses, FunctionThreads, Left
-from orchestra._limit_use import KeyOf, Limiter, LimitUse, key_for, require_key_of
+from orchestra._limiting.use import KeyOf, Limiter, LimitUse, key_for, require_key_of
+from orchestra._pool.executors import FunctionProcesses, FunctionThreads, Left
 from orchestra._shared import Connectable
 from orchestra.circuit_breaker import CircuitBreaker, CircuitBreakerConfig
 from orchestra.errors import ConfigurationError, UnknownAgentError

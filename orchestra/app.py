@@ -3,7 +3,7 @@
 Built from the classes of the specification, adding no second engine: an agent is registered in an
 :class:`~orchestra.agents.AgentRegistry`, a call is a task of a :class:`~orchestra.task_queue.BaseTaskQueue`, a worker is
 a :class:`~orchestra.dispatcher.Dispatcher`. Owns the connections it makes, one set for each event loop; refuses to own
-how arguments travel (:mod:`orchestra._signature`) and how a task is run.
+how arguments travel (:mod:`orchestra._front.signature`) and how a task is run.
 
 Decorate when the module is imported; afterwards an App may be used from any number of event loops.
 """
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, overload
 
 from orchestra._durability import Durability
-from orchestra._handles import (
+from orchestra._front.handles import (
     AgentDecorator,
     AgentHandle,
     AgentSettings,
@@ -28,8 +28,8 @@ from orchestra._handles import (
     PlainAgentHandle,
     keyed,
 )
-from orchestra._runs import Run, SendOptions, post, send_options
-from orchestra._signature import ProcessCall, Signature, make_call
+from orchestra._front.runs import Run, SendOptions, post, send_options
+from orchestra._front.signature import ProcessCall, Signature, make_call
 from orchestra.agents import AgentRegistry, Limiter
 from orchestra.connections import Address, ConnectionManager, default_address, parse_address
 from orchestra.dispatcher import Dispatcher

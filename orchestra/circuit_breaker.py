@@ -1,7 +1,7 @@
 """A circuit breaker: stops calling what keeps failing, and finds out with few calls when it works again.
 
 Owns the states closed, open and half-open of one name and when they change, and the list of a process's breakers;
-refuses to retry, to wait, to know what is called and to speak to Redis (:mod:`orchestra._breaker_exchange` does). The
+refuses to retry, to wait, to know what is called and to speak to Redis (:mod:`orchestra._breakers.exchange` does). The
 shape is that of Michael Nygard, "Release It!", 2007, with a limited number of probes when half-open.
 Durations by a monotonic clock. Thread-safe: every transition is one short critical section that calls no foreign code.
 While closed, asking takes no lock, and neither does a success that has nothing to change.
@@ -16,7 +16,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 from orchestra import telemetry
-from orchestra._breaker_rules import (
+from orchestra._breakers.rules import (
     NEUTRAL,
     BreakerSnapshot,
     CircuitBreakerConfig,

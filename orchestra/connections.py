@@ -1,8 +1,8 @@
 """The one object through which a process reaches Redis.
 
-Owns the redis-py client for whatever is not hot, opening hot connections (:mod:`orchestra._wire`), joining the embedded
-server, and turning redis-py's errors into orchestra's. Refuses to own retries: nothing here sends a command twice,
-because an XADD that timed out may have been executed; callers repeat what is safe to repeat. redis-py's defaults
+Owns the redis-py client for whatever is not hot, opening hot connections (:mod:`orchestra._redis.wire`), joining the
+embedded server, and turning redis-py's errors into orchestra's. Refuses to own retries: nothing here sends a command
+twice, because an XADD that timed out may have been executed; callers repeat what is safe to repeat. redis-py's defaults
 (ten silent retries, RESP3 with push notifications) are therefore turned off.
 One event loop for a manager; :meth:`ConnectionManager.sync_client` is the door for threads.
 """
@@ -26,12 +26,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
 from redis.retry import Retry as SyncRetry
 
-from orchestra._address import Address, default_address, parse_address
-from orchestra._redis_connections import SentinelConnection, TcpConnection, TlsConnection, UnixConnection
-from orchestra._redis_errors import ReplyError, reply_code, reply_error
-from orchestra._server_settings import INFO_SECTIONS, ServerInfo, judge, production_by_environment, version_of
+from orchestra._redis.address import Address, default_address, parse_address
+from orchestra._redis.client_connections import SentinelConnection, TcpConnection, TlsConnection, UnixConnection
+from orchestra._redis.errors import ReplyError, reply_code, reply_error
+from orchestra._redis.server_settings import INFO_SECTIONS, ServerInfo, judge, production_by_environment, version_of
+from orchestra._redis.wire import Endpoint, Wire
 from orchestra._shared import Connectable, forget, shared
-from orchestra._wire import Endpoint, Wire
 from orchestra.embedded import EmbeddedServer
 from orchestra.errors import ConfigurationError, OrchestraError, StoreAuthError, StoreError, StoreUnavailableError
 from orchestra.tasks import require_int, require_number

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING
 
 from orchestra import _execution, _identity, telemetry
 from orchestra._backoff import Reconnect
-from orchestra._balancers import Balancers
 from orchestra._delivery import Again, Delivery
-from orchestra._dispatch_ends import claim, disclaim, exchange_for, pool_of, reach, within
+from orchestra._dispatch.balancers import Balancers
+from orchestra._dispatch.ends import claim, disclaim, exchange_for, pool_of, reach, within
+from orchestra._dispatch.prefetch import Prefetch
+from orchestra._dispatch.quarantine import Quarantine
+from orchestra._dispatch.retry_gate import RetryGate
+from orchestra._dispatch.settlements import Settlements, is_outage, tell_settled
+from orchestra._dispatch.stuck import STUCK_AFTER, StuckAgents
 from orchestra._execution import CANCELLED, RELEASED, Ended, Execution
 from orchestra._lifecycle import Service, set_within
-from orchestra._prefetch import Prefetch
-from orchestra._quarantine import Quarantine
-from orchestra._retry_gate import RetryGate
-from orchestra._settlements import Settlements, is_outage, tell_settled
-from orchestra._stuck import STUCK_AFTER, StuckAgents
 from orchestra.agents import AgentRegistry, get_agent_registry, unknown_agent
 from orchestra.errors import CorruptEntryError
 from orchestra.load_balancer import BaseLoadBalancerStrategy
@@ -40,7 +40,7 @@ from orchestra.tasks import Outcome, Retry, RetryBudget, check_name, require_int
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-    from orchestra._queue_base import Maintenance
+    from orchestra._queue.base import Maintenance
     from orchestra.flow_control import RedisRateLimiter
 
 logger = logging.getLogger("orchestra.dispatcher")

@@ -1,7 +1,7 @@
 """The embedded server: a private redis-server or valkey-server for development, tests and single-machine jobs.
 
 Owns finding a server program, its directory, its settings, and joining or leaving it. Refuses to own connections to it
-(:mod:`orchestra.connections`) and the life of the process (:mod:`orchestra._watchdog`).
+(:mod:`orchestra.connections`) and the life of the process (:mod:`orchestra._redis.watchdog`).
 Processes that name the same directory share one server. It stops with its last user, also when that user was killed;
 its data stays (append-only file, synced every second). It listens on a unix socket only, in a directory only its owner
 can write, and never on a predictable path under ``/tmp`` (Faktory 1.10 had to close exactly that hole).
@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 from urllib.parse import quote
 
-from orchestra import _watchdog, telemetry
+from orchestra import telemetry
+from orchestra._redis import watchdog
 from orchestra.errors import EmbeddedServerError
 
 if TYPE_CHECKING:
@@ -223,9 +224,9 @@ class EmbeddedServer:
 
     @contextlib.contextmanager
     def _starting(self, end: float) -> Iterator[None]:
-        fd = _watchdog.open_lock(str(self.dir), _watchdog.START)
+        fd = watchdog.open_lock(str(self.dir), watchdog.START)
         try:
-            while not _watchdog.try_lock(fd):
+            while not watchdog.try_lock(fd):
                 if time.monotonic() > end:
                     raise EmbeddedServerError(f"another process has been starting or stopping {self.dir} for too long")
                 time.sleep(0.005)
@@ -235,11 +236,11 @@ class EmbeddedServer:
 
     def _join(self, end: float) -> bool:
         """Become a user of a running server; True if it had to be started."""
-        users = self._users if self._users is not None else _watchdog.open_lock(str(self.dir), _watchdog.USERS)
-        server = _watchdog.open_lock(str(self.dir), _watchdog.SERVER)
+        users = self._users if self._users is not None else watchdog.open_lock(str(self.dir), watchdog.USERS)
+        server = watchdog.open_lock(str(self.dir), watchdog.SERVER)
         try:
-            _watchdog.share_lock(users)
-            self.socket = str(_watchdog.read_state(str(self.dir)).get("socket", ""))
+            watchdog.share_lock(users)
+            self.socket = str(watchdog.read_state(str(self.dir)).get("socket", ""))
             launched = self._ensure(server, end)
         except BaseException:
             if self._users is None:
@@ -253,7 +254,7 @@ class EmbeddedServer:
 
     def _ensure(self, server: int, end: float) -> bool:
         """See to it that the server runs and answers; True if it had to be started."""
-        running = _watchdog.is_held(server)
+        running = watchdog.is_held(server)
         self._launch(running=running)
         if running and self._answers(server, end):
             return False
@@ -265,7 +266,7 @@ class EmbeddedServer:
 
     def _launch(self, *, running: bool) -> None:
         """Start what is missing: the server, its watchdog, both, or nothing."""
-        command = [sys.executable, "-I", "-S", _watchdog.__file__, str(self.dir)]
+        command = [sys.executable, "-I", "-S", watchdog.__file__, str(self.dir)]
         if running:
             if self._is_watched():
                 return
@@ -274,16 +275,16 @@ class EmbeddedServer:
             program = find_server()
             if not self.socket or _fault(Path(self.socket).parent):
                 self.socket = self._socket_path()
-            _watchdog.write_state(str(self.dir), {"socket": self.socket, "pid": 0, "server": program.path})
+            watchdog.write_state(str(self.dir), {"socket": self.socket, "pid": 0, "server": program.path})
             command += [self.socket, program.path, self._write_conf()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603
         if done.returncode:
             raise EmbeddedServerError(f"cannot launch the embedded server in {self.dir}: {done.stderr.strip()}")
 
     def _is_watched(self) -> bool:
-        fd = _watchdog.open_lock(str(self.dir), _watchdog.WATCH)
+        fd = watchdog.open_lock(str(self.dir), watchdog.WATCH)
         try:
-            return _watchdog.is_held(fd)
+            return watchdog.is_held(fd)
         finally:
             os.close(fd)
 
@@ -296,7 +297,7 @@ class EmbeddedServer:
     def _write_conf(self) -> str:
         path = self.dir / _CONF
         text = f"{_SETTINGS}unixsocket {_quoted(self.socket)}\ndir {_quoted(self.dir)}\n"
-        text += f"logfile {_quoted(self.dir / _watchdog.LOG)}\n"
+        text += f"logfile {_quoted(self.dir / watchdog.LOG)}\n"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(fd, "w", encoding="ascii") as file:
             file.write(text)
@@ -311,25 +312,25 @@ class EmbeddedServer:
                 version = info.get("valkey_version") or info.get("redis_version", "0")
                 self.version = tuple(int(part) for part in version.split(".") if part.isdigit())
                 return True
-            if not _watchdog.is_held(server):
+            if not watchdog.is_held(server):
                 return False
             if time.monotonic() > end:
                 raise EmbeddedServerError(
                     f"the embedded server in {self.dir} runs but does not answer on {self.socket}; "
-                    f"look at {self.dir / _watchdog.LOG}, then stop it by hand"
+                    f"look at {self.dir / watchdog.LOG}, then stop it by hand"
                 )
             time.sleep(0.005)
 
     def _tail(self) -> str:
         try:
-            return (self.dir / _watchdog.LOG).read_text(errors="replace")[-600:].strip()
+            return (self.dir / watchdog.LOG).read_text(errors="replace")[-600:].strip()
         except OSError as exc:
             return f"(unreadable: {exc})"
 
     def _shut_down(self) -> None:
-        server = _watchdog.open_lock(str(self.dir), _watchdog.SERVER)
+        server = watchdog.open_lock(str(self.dir), watchdog.SERVER)
         try:
-            if not _watchdog.shut_down(server, {"socket": self.socket, "pid": self.pid}):
+            if not watchdog.shut_down(server, {"socket": self.socket, "pid": self.pid}):
                 raise EmbeddedServerError(f"the embedded server of {self.dir} (pid {self.pid}) does not stop")
         finally:
             os.close(server)
@@ -374,7 +375,7 @@ def _quoted(path: str | Path) -> str:
 def _alone(users: int) -> bool:
     """Whether this process is the last user; takes ``users.lock`` if so. The watchdog may hold it for an instant."""
     for _ in range(3):
-        if _watchdog.try_lock(users):
+        if watchdog.try_lock(users):
             return True
         time.sleep(0.005)
     return False

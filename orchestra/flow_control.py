@@ -2,7 +2,7 @@
 
 Owns admission: who may go now, who is refused and for how long, under one limit or under several at once. Refuses to own
 what a refusal means to a task (the dispatcher's business), the arithmetic (``lua/gcra.lua`` decides, ``_ext.gcra``
-predicts), how questions travel (:mod:`orchestra._limit_store`) and who waits behind whom (:mod:`orchestra._limit_line`).
+predicts), how questions travel (:mod:`orchestra._limiting.store`) and who waits behind whom (:mod:`orchestra._limiting.line`).
 
 The rule (ITU-T I.371, virtual scheduling): over every window of W seconds the admitted cost is at most
 ``burst + rate * W / period``, by the clock of Redis, for each key of a limit. One event loop only; not thread-safe.
@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from orchestra import _keys, telemetry
 from orchestra._clock import SYSTEM_CLOCK, Clock
 from orchestra._ext.gcra import GcraTable
-from orchestra._limit_joint import acquire_all, try_acquire_all
-from orchestra._limit_line import Line
-from orchestra._limit_request import Request
-from orchestra._limit_settings import LimitStatus, list_limits, reset_limit, set_limit
-from orchestra._limit_store import ORDERED, QUEUE, Answer, LimitStore, Use, address_of, find_store
-from orchestra._limits import (
+from orchestra._limiting.joint import acquire_all, try_acquire_all
+from orchestra._limiting.line import Line
+from orchestra._limiting.permit_leases import Leases
+from orchestra._limiting.request import Request
+from orchestra._limiting.rules import (
     Admission,
     BackpressureConfig,
     BackpressureStrategy,
@@ -35,7 +34,8 @@ from orchestra._limits import (
     require_key,
     require_wait,
 )
-from orchestra._permit_leases import Leases
+from orchestra._limiting.settings import LimitStatus, list_limits, reset_limit, set_limit
+from orchestra._limiting.store import ORDERED, QUEUE, Answer, LimitStore, Use, address_of, find_store
 from orchestra._shared import Connectable, shared
 from orchestra.errors import (
     BackpressureRejectedError,

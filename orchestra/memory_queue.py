@@ -1,7 +1,7 @@
 """The task queue in the memory of one process: address ``memory:``, nothing durable, the semantics of the Redis queue.
 
 For tests, for embedding and for the specification's mocks. Tasks are really encoded and decoded, so that what cannot
-travel fails here too; the moves themselves are :class:`~orchestra._memory_store.MemoryStore`. This module owns who
+travel fails here too; the moves themselves are :class:`~orchestra._queue.twin_store.MemoryStore`. This module owns who
 waits: blocked readers, waiters for results and for locks are woken by what they wait for, never by polling.
 
 One event loop. Every coroutine yields to the loop once before it acts, as one that talks to Redis would, and then acts
@@ -28,10 +28,10 @@ from orchestra._delivery import (
     read_record,
     sort_out,
 )
-from orchestra._memory_records import Plan, crashed, letter, parse_letter_id, plan_end, task_id_of
-from orchestra._memory_store import Held, MemoryStore, Why
-from orchestra._memory_waits import ALL, Bells, MemoryLock
-from orchestra._queue_base import BaseTaskQueue, LeaseLost, Maintenance, QueueStats, Sent, encode_all
+from orchestra._queue.base import BaseTaskQueue, LeaseLost, Maintenance, QueueStats, Sent, encode_all
+from orchestra._queue.twin_records import Plan, crashed, letter, parse_letter_id, plan_end, task_id_of
+from orchestra._queue.twin_store import Held, MemoryStore, Why
+from orchestra._queue.twin_waits import ALL, Bells, MemoryLock
 from orchestra.errors import QueueFullError
 from orchestra.serialization import MAX_TASK_BYTES, EncodedTask, encode_task
 from orchestra.tasks import (

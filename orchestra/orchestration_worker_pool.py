@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from orchestra import telemetry
-from orchestra._pool_jobs import Job, JobQueue, check_job, checked_limits
-from orchestra._pool_metrics import Histogram, OrchestrationWorkerPoolMetrics
+from orchestra._pool.jobs import Job, JobQueue, check_job, checked_limits
+from orchestra._pool.metrics import Histogram, OrchestrationWorkerPoolMetrics
 from orchestra.errors import WorkerPoolError
 from orchestra.tasks import Outcome, TaskPriority, check_name, require_int, require_number
 

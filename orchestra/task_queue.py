@@ -18,14 +18,10 @@ from collections.abc import Awaitable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from orchestra._cancellation import Canceller, CancelMarks
-from orchestra._dead_letters import DeadLetters
 from orchestra._delivery import Bury, Complete, Delivery, Verdict, frame_of, sort_out
 from orchestra._durability import ACCEPTED, Durability
 from orchestra._keys import QueueKeys
-from orchestra._link import Link
-from orchestra._locks import RedisLock
-from orchestra._queue_base import (
+from orchestra._queue.base import (
     BaseTaskQueue,
     DistributedLock,
     LeaseLost,
@@ -34,13 +30,17 @@ from orchestra._queue_base import (
     Sent,
     encode_all,
 )
-from orchestra._replies import ReplyListener
-from orchestra._settler import Settler
-from orchestra._stream_census import Census
-from orchestra._stream_intake import Intake
-from orchestra._stream_produce import StreamProducer
-from orchestra._stream_settle import SettlePlanner
-from orchestra._stream_upkeep import StreamUpkeep, Upkeep
+from orchestra._queue.cancellation import Canceller, CancelMarks
+from orchestra._queue.census import Census
+from orchestra._queue.dead_letters import DeadLetters
+from orchestra._queue.intake import Intake
+from orchestra._queue.locks import RedisLock
+from orchestra._queue.produce import StreamProducer
+from orchestra._queue.replies import ReplyListener
+from orchestra._queue.settle import SettlePlanner
+from orchestra._queue.settler import Settler
+from orchestra._queue.upkeep import StreamUpkeep, Upkeep
+from orchestra._redis.link import Link
 from orchestra.connections import ConnectionManager, get_connection_manager
 from orchestra.errors import StoreError
 from orchestra.serialization import MAX_TASK_BYTES, EncodedTask, encode_task

@@ -1,8 +1,8 @@
 """Watches a worker pool, recommends a size for it, and resizes it if it is told to.
 
 Owns sampling, the rates that follow from the samples, and the recommendation as a value with its reasons; the arithmetic
-is ``_scaling``'s. Acts only with ``autoscale``: else resizing is the decision of whoever reads ``last_recommendation`` or
-listens to ``manager.recommendation``.
+is ``_pool.scaling``'s. Acts only with ``autoscale``: else resizing is the decision of whoever reads
+``last_recommendation`` or listens to ``manager.recommendation``.
 Two background loops (sample, evaluate) belong to the service; what is sampled may fail without ending them.
 One event loop only; not thread-safe.
 """
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from orchestra import telemetry
 from orchestra._clock import SYSTEM_CLOCK, Clock
 from orchestra._lifecycle import Service
-from orchestra._pool_metrics import Histogram
-from orchestra._scaling import Demand, Scaler, ScalingPolicy
+from orchestra._pool.metrics import Histogram
+from orchestra._pool.scaling import Demand, Scaler, ScalingPolicy
 from orchestra.tasks import require_int, require_number
 
 logger = logging.getLogger("orchestra.worker_manager")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
-from orchestra._server_settings import faults
+from orchestra._redis.server_settings import faults
 
 Level: TypeAlias = Literal["ok", "note", "warning", "problem"]
 Version: TypeAlias = tuple[int, ...]

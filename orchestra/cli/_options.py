@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from orchestra._front.loading import is_target, load_app
 from orchestra._keys import PREFIX, QueueKeys
-from orchestra._loading import is_target, load_app
 from orchestra.app import App
 from orchestra.connections import ConnectionManager, store_errors
 from orchestra.errors import ConfigurationError
@@ -60,7 +60,7 @@ def bound(target: str, redis: str | None, queue: str | None) -> App:
     """The App that ``target`` names, bound to ``redis`` and ``queue`` where they are given.
 
     Raises:
-        ConfigurationError: as :func:`~orchestra._loading.load_app`; or its address is ``memory:``.
+        ConfigurationError: as :func:`~orchestra._front.loading.load_app`; or its address is ``memory:``.
     """
     app = load_app(target).bind(redis=redis, queue=queue)
     return _reachable(app)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from orchestra._job import JobEngine
+    from orchestra._jobs.job import JobEngine
 
 PLAIN_EVERY = 2.0
 LIVE_EVERY = 0.125

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.text import Text
 
-from orchestra._job_tally import ReplicaTally
+from orchestra._jobs.tally import ReplicaTally
 from orchestra.cli._output import pairs, row, table
 from orchestra.cli._progress import duration
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from orchestra._job_tally import Outage, Tally
-    from orchestra._limit_use import LimitUse
+    from orchestra._jobs.tally import Outage, Tally
+    from orchestra._limiting.use import LimitUse
     from orchestra.agents import AgentType, Replica
     from orchestra.app import App
 

@@ -1,8 +1,8 @@
 """Keeps worker processes alive, and as many of them as the load needs.
 
 Owns their starts, restarts and ends. Refuses to run agents and to speak with Redis: each process reports what it does
-and what waits over the socket that also tells it that its supervisor is gone. How many are needed is ``_scaling``'s
-arithmetic, in processes: what a task keeps busy of one is its slot, or its share of the processor, whichever is more.
+and what waits over the socket that also tells it that its supervisor is gone. How many are needed is
+``_pool.scaling``'s arithmetic, in processes: what a task keeps busy of one is its slot, or its share of the processor, whichever is more.
 One event loop.
 """
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from orchestra._backoff import Reconnect
-from orchestra._scaling import Demand, Scaler, ScalingPolicy
+from orchestra._pool.scaling import Demand, Scaler, ScalingPolicy
 from orchestra.cli._signals import CLOSING, Stopper
 from orchestra.cli._status import FAILURE, USAGE
 from orchestra.errors import ConfigurationError
@@ -157,7 +157,7 @@ class Place:
 
 
 class Load:
-    """Turns reports into a :class:`~orchestra._scaling.Demand`, whose workers are processes."""
+    """Turns reports into a :class:`~orchestra._pool.scaling.Demand`, whose workers are processes."""
 
     def __init__(self) -> None:
         self._at: float | None = None

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestra._breaker_exchange import ask_reset, shown_breakers
+from orchestra._breakers.exchange import ask_reset, shown_breakers
 from orchestra.cli._options import JsonOption, QueueOption, RedisOption, examples, manager_of, opened, unwrapped
 from orchestra.cli._output import ago, clean, console, print_json, row, say, span, table
 from orchestra.errors import ConfigurationError

@@ -27,7 +27,7 @@ from orchestra.connections import ConnectionManager
 from orchestra.errors import OrchestraError, StoreError
 
 if TYPE_CHECKING:
-    from orchestra._address import Address
+    from orchestra._redis.address import Address
 
 PINGS = 20
 MOST_QUEUES = 100
@@ -92,7 +92,7 @@ async def _doctor(target: str | None, redis: str | None, queue: str | None, *, a
 
 
 def _app(target: str | None, redis: str | None, queue: str | None) -> App:
-    from orchestra._loading import load_app
+    from orchestra._front.loading import load_app
 
     if target is None:
         return App(queue or "orchestra", redis)

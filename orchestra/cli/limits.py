@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from orchestra._limits import RateLimitConfig
+from orchestra._limiting.rules import RateLimitConfig
 from orchestra.app import App
 from orchestra.cli._options import JsonOption, RedisOption, bound, examples, unwrapped
 from orchestra.cli._output import clean, console, print_json, row, say, table

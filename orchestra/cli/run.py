@@ -18,13 +18,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from orchestra._address import Address
-from orchestra._job import KEEP, Job, JobEngine
-from orchestra._job_file import JobIdentity, ResultsFile, Sidecar, new_identity
-from orchestra._job_input import BadLine, TaskChecker, open_input, parse_line, read_lines
-from orchestra._job_tally import Tally
-from orchestra._job_workers import LocalWorkers, Orders, ProcessWorkers, Workers, kill_processes
-from orchestra._loading import load_app
+from orchestra._front.loading import load_app
+from orchestra._jobs.file import JobIdentity, ResultsFile, Sidecar, new_identity
+from orchestra._jobs.input import BadLine, TaskChecker, open_input, parse_line, read_lines
+from orchestra._jobs.job import KEEP, Job, JobEngine
+from orchestra._jobs.tally import Tally
+from orchestra._jobs.workers import LocalWorkers, Orders, ProcessWorkers, Workers, kill_processes
+from orchestra._redis.address import Address
 from orchestra.cli._options import RedisOption, TargetArgument, examples
 from orchestra.cli._output import clean, console, row, table
 from orchestra.cli._progress import ProgressView, clock, duration

@@ -31,7 +31,7 @@ from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import TaskPriority, require_number
 
 if TYPE_CHECKING:
-    from orchestra._queue_base import QueueStats
+    from orchestra._queue.base import QueueStats
 
 EPILOG = examples("orchestra stats", "orchestra stats triage --watch", "orchestra stats jobs:app --json")
 SHOWN = ("produced", "completed", "retried", "throttled", "reclaimed", "dead", "cancelled", "replayed", "duplicates")

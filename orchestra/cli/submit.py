@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestra._loading import is_target
-from orchestra._runs import Run
+from orchestra._front.loading import is_target
+from orchestra._front.runs import Run
 from orchestra.app import App
 from orchestra.cli._options import (
     JsonOption,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from orchestra._memory_store import Held
+from orchestra._queue.twin_store import Held
 from orchestra.memory_queue import InMemoryTaskQueue
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from orchestra._delivery import Delivery, Verdict
-    from orchestra._queue_base import Maintenance
+    from orchestra._queue.base import Maintenance
     from orchestra.tasks import Cancellation, TaskDict
 
 THIEF = "somebody-else"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from redis.exceptions import DataError, NoScriptError, ResponseError
 
-from orchestra import _limit_twin
 from orchestra._clock import SYSTEM_CLOCK, Clock
+from orchestra._limiting import twin
 from orchestra._scripts import script
 from orchestra.connections import parse_address
 
@@ -327,8 +327,8 @@ class MockRedis:
 
         try:
             names = [str(key) for key in keys]
-            return _limit_twin.gcra(self._now_us(), names, args, self._text, self._store, setting)
-        except _limit_twin.BadCallError as error:
+            return twin.gcra(self._now_us(), names, args, self._text, self._store, setting)
+        except twin.BadCallError as error:
             raise ResponseError(str(error)) from error
 
     def _text(self, key: str) -> str | None:
@@ -336,7 +336,7 @@ class MockRedis:
         return None if found is None else found.decode()
 
     def _gcra_return(self, keys: Sequence[Any], args: Sequence[Any]) -> int:
-        return _limit_twin.gcra_return(self._now_us(), str(keys[0]), args, self._text, self._store)
+        return twin.gcra_return(self._now_us(), str(keys[0]), args, self._text, self._store)
 
     def _gcra_note(self, keys: Sequence[Any], args: Sequence[Any]) -> int:
         return int(self._hset(keys[0], args[0], args[1]) >= 0)

@@ -8,7 +8,7 @@ import pytest
 import pytest_asyncio
 
 from orchestra._keys import lock as lock_keys
-from orchestra._memory_store import Entry
+from orchestra._queue.twin_store import Entry
 from orchestra.testing import InMemoryTaskQueue, ManualClock, MockTaskQueue
 
 

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from orchestra import _identity, _stream_upkeep
+from orchestra import _identity
+from orchestra._queue import upkeep
 from orchestra._scripts import script
 from orchestra.errors import StoreError
 from tests.conformance._actors import PROMOTE, SCAN, Server
@@ -47,8 +48,8 @@ def everything_adds_up():
 def machine(redis_server, redis_url, monkeypatch):
     """The machine's class, on the session's server."""
     monkeypatch.setattr(_identity, "is_dead", _identity.is_dead)
-    monkeypatch.setattr(_stream_upkeep, "SCAN_ROWS", SCAN)
-    monkeypatch.setattr(_stream_upkeep, "PROMOTE_BATCH", PROMOTE)
+    monkeypatch.setattr(upkeep, "SCAN_ROWS", SCAN)
+    monkeypatch.setattr(upkeep, "PROMOTE_BATCH", PROMOTE)
     shared = Server(redis_server)
     monkeypatch.setattr(QueueMachine, "shared", shared, raising=False)
     yield QueueMachine

@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from orchestra._wire import pack
+from orchestra._redis.wire import pack
 from orchestra.connections import ConnectionManager
 from orchestra.task_queue import RedisStreamTaskQueue
 from tests.faults._awaits import new_tasks, open_files, our_threads, until

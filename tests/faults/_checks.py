@@ -20,8 +20,8 @@ from importlib import resources
 import redis
 
 from orchestra import telemetry
+from orchestra._redis.wire import pack
 from orchestra._scripts import script
-from orchestra._wire import pack
 from orchestra.agents import AgentRegistry
 from orchestra.connections import ConnectionManager
 from orchestra.dispatcher import Dispatcher

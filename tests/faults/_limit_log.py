@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Self
 
-from orchestra._limit_store import LimitStore
+from orchestra._limiting.store import LimitStore
 
 
 class Log:

@@ -13,7 +13,7 @@ import subprocess
 
 import pytest
 
-from orchestra._wire import Wire
+from orchestra._redis.wire import Wire
 from orchestra.connections import ConnectionManager, store_errors
 from orchestra.errors import ConfigurationError, StoreUnavailableError
 from orchestra.task_queue import RedisStreamTaskQueue

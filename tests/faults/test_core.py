@@ -16,7 +16,7 @@ import time
 import pytest
 
 from orchestra._delivery import DONE, Again, Bury
-from orchestra._wire import pack
+from orchestra._redis.wire import pack
 from orchestra.agents import AgentRegistry
 from orchestra.connections import ConnectionManager
 from orchestra.dispatcher import Dispatcher

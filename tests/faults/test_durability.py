@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from orchestra import App, Durability, _server_settings
+from orchestra import App, Durability
+from orchestra._redis import server_settings
 from orchestra.connections import ConnectionManager
 from orchestra.errors import (
     ConfigurationError,
@@ -303,7 +304,7 @@ async def test_an_app_follows_it(family):
 
 @pytest.fixture
 def unwarned(monkeypatch):
-    monkeypatch.setattr(_server_settings, "_warned", set())
+    monkeypatch.setattr(server_settings, "_warned", set())
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])

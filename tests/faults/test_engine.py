@@ -51,7 +51,7 @@ async def queue(manager):
 def quickly_stuck(monkeypatch):
     """An agent counts as stuck a moment after it was interrupted."""
     monkeypatch.setattr(engine, "STUCK_AFTER", 0.1)
-    monkeypatch.setattr("orchestra._stuck.STUCK_AFTER", 0.1)
+    monkeypatch.setattr("orchestra._dispatch.stuck.STUCK_AFTER", 0.1)
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ async def test_a_cancelled_agent_that_goes_on_is_cancelled_all_the_same(queue, a
 async def test_functions_that_hang_in_threads_are_counted_and_replaced(queue, agents, quickly_stuck, monkeypatch):
     """A10: a plain function cannot be cancelled: its thread is replaced, and when too many hang an event says so."""
     monkeypatch.setattr(agents_module, "THREADS", 1)
-    monkeypatch.setattr("orchestra._stuck.THREADS", 1)
+    monkeypatch.setattr("orchestra._dispatch.stuck.THREADS", 1)
     gate, done = threading.Event(), []
     agents.register("hang", lambda task: gate.wait(60), timeout=0.1, retry=NEVER)
     agents.register("quick", lambda task: done.append((task.id, _execution.current_task.get().id)))

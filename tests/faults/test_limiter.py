@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestra import _keys, _limit_twin
+from orchestra import _keys
+from orchestra._limiting import twin
 from orchestra.connections import ConnectionManager
 from orchestra.errors import StoreUnavailableError
 from orchestra.flow_control import (
@@ -214,12 +215,12 @@ def test_leases_never_overshoot(steps):
 
     def ask(cost, flags):
         args = [1, "n", "0", emission, burst, 1, flags, 1, 1, cost, 0]
-        return _limit_twin.gcra(now, keys, args, load, store, lambda name: None)
+        return twin.gcra(now, keys, args, load, store, lambda name: None)
 
     def give_back(client):
         taken, left_us, permits = held.pop(client, (0, 0, 0))
         if permits:
-            _limit_twin.gcra_return(now, "cell", (left_us, taken, permits * emission), load, store)
+            twin.gcra_return(now, "cell", (left_us, taken, permits * emission), load, store)
 
     for what, *more in steps:
         if what == "pass":
@@ -267,7 +268,7 @@ def test_several_limits_keep_each_bound(steps):
         now += passed
         uses = [which + 1] if which < 3 else [1, 3]
         request = [2 * queue + ordered, len(uses), *(part for cell in uses for part in (cell, cost, 0))]
-        reply = _limit_twin.gcra(now, keys, [*head, *request], load, store, lambda name: None)
+        reply = twin.gcra(now, keys, [*head, *request], load, store, lambda name: None)
         for cell in uses if not reply[4] else ():
             logs[cell - 1].append((now, cost))
         assert reply[4] == 0 or 1 <= reply[5] <= 3

@@ -13,8 +13,8 @@ import time
 import pytest
 
 from orchestra._keys import lock as lock_keys
-from orchestra._link import Link
-from orchestra._locks import RedisLock
+from orchestra._queue.locks import RedisLock
+from orchestra._redis.link import Link
 from orchestra.connections import ConnectionManager
 from orchestra.errors import LockError, StoreError, StoreUnavailableError
 from orchestra.task_queue import RedisStreamTaskQueue

@@ -17,8 +17,8 @@ import time
 
 import pytest
 
-from orchestra._link import Link
-from orchestra._wire import pack
+from orchestra._redis.link import Link
+from orchestra._redis.wire import pack
 from orchestra.connections import ConnectionManager
 from orchestra.errors import StoreError, StoreUnavailableError
 from orchestra.task_queue import RedisStreamTaskQueue
@@ -171,10 +171,10 @@ async def test_c5_silence_is_noticed_by_the_deadline_in_blocked_reads_too(make_s
 
 async def test_c5_a_subscription_that_went_silent_is_replaced(make_server, monkeypatch):
     """C5: the subscriber's connection is black-holed: results are still found, and a new subscription takes over."""
-    from orchestra import _replies
+    from orchestra._queue import replies
 
-    monkeypatch.setattr(_replies, "LOOK_AGAIN", 0.3)
-    monkeypatch.setattr(_replies, "SILENCE", 0.6)
+    monkeypatch.setattr(replies, "LOOK_AGAIN", 0.3)
+    monkeypatch.setattr(replies, "SILENCE", 0.6)
     server = make_server()
     async with quiet_afterwards(server), Proxy(server.url) as proxy, Fleet(server.url, produce_url=proxy.url) as fleet:
         (first,) = await fleet.send(1, want_results=True)

@@ -14,7 +14,7 @@ import struct
 
 import pytest
 
-from orchestra._wire import Endpoint, Wire, pack
+from orchestra._redis.wire import Endpoint, Wire, pack
 from orchestra.errors import StoreUnavailableError
 from tests.faults._checks import quiet_afterwards
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from orchestra import telemetry
 from orchestra._delivery import DONE, Again, Bury
-from orchestra._stream_produce import CHUNK_TASKS, MAX_PATIENCE, TOKEN_WINDOW_MS
+from orchestra._queue.produce import CHUNK_TASKS, MAX_PATIENCE, TOKEN_WINDOW_MS
 from orchestra.agents import AgentRegistry
 from orchestra.connections import ConnectionManager
 from orchestra.dispatcher import Dispatcher

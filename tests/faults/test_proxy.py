@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from orchestra._wire import Endpoint, Wire
+from orchestra._redis.wire import Endpoint, Wire
 from orchestra.connections import ConnectionManager
 from orchestra.errors import StoreUnavailableError
 from orchestra.task_queue import RedisStreamTaskQueue

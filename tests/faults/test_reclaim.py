@@ -11,8 +11,8 @@ import pytest
 import redis
 
 import orchestra
-from orchestra import _stream_read
 from orchestra._delivery import DONE
+from orchestra._queue import read as stream_read
 from orchestra._scripts import call
 from orchestra.agents import AgentRegistry
 from orchestra.connections import ConnectionManager
@@ -258,7 +258,7 @@ async def test_b19_a_delayed_task_whose_body_is_gone_is_told(manager):
 @pytest.mark.parametrize("how", ["rst", "stay"])
 async def test_c7_a_delivery_whose_reply_was_lost_runs_at_once(redis_url, manager, monkeypatch, name, how):
     """C7: executed by Redis, never received: the next read takes it, long before its lease ends, with a new fence."""
-    monkeypatch.setattr(_stream_read, "BLOCK_MARGIN", 0.3)
+    monkeypatch.setattr(stream_read, "BLOCK_MARGIN", 0.3)
     producer = queue_for(manager)
     runs = []
     agents = AgentRegistry()

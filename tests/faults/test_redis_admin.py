@@ -13,8 +13,8 @@ import time
 import pytest
 import redis
 
-from orchestra._redis_errors import _ADVICE
-from orchestra._wire import pack, reply_code, reply_error
+from orchestra._redis.errors import _ADVICE
+from orchestra._redis.wire import pack, reply_code, reply_error
 from orchestra.connections import ConnectionManager
 from orchestra.errors import ForkedProcessError, StoreAuthError, StoreError, StoreFullError, StoreUnavailableError
 from tests.faults._checks import Fleet, Witness, admin_of, calls_of, no_spin, quiet_afterwards, until
@@ -322,7 +322,7 @@ async def test_the_table_of_error_replies_is_what_a_live_server_says(make_server
 
 async def _after_connect(url, *command):
     """The error of ``command`` on a connection that could be opened (a wire: redis-py asks more when it connects)."""
-    from orchestra._wire import Endpoint, Wire
+    from orchestra._redis.wire import Endpoint, Wire
 
     wire = await Wire.connect(Endpoint(path=url.removeprefix("unix://"), label="x"))
     try:
@@ -372,7 +372,7 @@ async def _refused_at_connect(url):
 )
 def test_codes_that_need_a_cluster_or_a_moment_are_mapped_from_their_texts(text, kind):
     """The rest of the table, from the texts of the sources; LOADING, MISCONF and UNBLOCKED also occur live in B7, B11, B14."""
-    from orchestra._wire import ReplyError
+    from orchestra._redis.wire import ReplyError
 
     error = reply_error(ReplyError(text), "here")
     assert type(error) is kind

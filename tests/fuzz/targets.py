@@ -15,8 +15,8 @@ from orchestra import serialization
 from orchestra._delivery import Delivery, read_record
 from orchestra._ext import codec
 from orchestra._keys import QueueKeys
-from orchestra._stream_read import GroupMissingError, StreamReader
-from orchestra._wire import Endpoint, ReplyError, Wire
+from orchestra._queue.read import GroupMissingError, StreamReader
+from orchestra._redis.wire import Endpoint, ReplyError, Wire
 from orchestra.errors import CorruptEntryError, InvalidTaskError, OrchestraError, StoreUnavailableError
 from tests.fuzz.draw import Bytes, reply, task, value
 from tests.reference import codec as oracle

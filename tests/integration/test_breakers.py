@@ -14,7 +14,7 @@ import time
 import pytest
 
 from orchestra import _keys, _scripts
-from orchestra._breaker_exchange import TTL_MS, BreakerExchange, ask_reset, shown_breakers
+from orchestra._breakers.exchange import TTL_MS, BreakerExchange, ask_reset, shown_breakers
 from orchestra.circuit_breaker import CircuitBreaker, CircuitBreakerConfig, CircuitState
 from orchestra.connections import ConnectionManager
 from orchestra.errors import ConfigurationError
@@ -155,7 +155,7 @@ async def test_a_permit_that_nobody_uses_goes_to_another(site, monkeypatch):
     one.fail()
     await half_open(one.exchange._manager, one, other)
     await permitted(one)
-    monkeypatch.setattr("orchestra._breaker_link.UNUSED_S", -1.0)
+    monkeypatch.setattr("orchestra._breakers.link.UNUSED_S", -1.0)
     await one.sync()
     assert (await permitted(other)) is other
 

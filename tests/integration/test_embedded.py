@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestra import _watchdog, embedded, telemetry
+from orchestra import embedded, telemetry
+from orchestra._redis import watchdog as _watchdog
 from orchestra.embedded import EmbeddedServer, default_directory, find_server
 from orchestra.errors import EmbeddedServerError
 

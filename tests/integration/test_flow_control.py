@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestra import _keys, _limit_twin, _scripts, flow_control
+from orchestra import _keys, _scripts, flow_control
+from orchestra._limiting import twin as limit_twin
 from orchestra.connections import ConnectionManager
 from orchestra.errors import ConfigurationError, StoreUnavailableError
 from orchestra.flow_control import (
@@ -154,7 +155,7 @@ async def test_script_and_twin_decide_the_same(manager):
         cells = {key: text.decode() for key, text in zip(keys[1:], stored, strict=True) if text is not None}
         reply = await _scripts.call(manager.client, "gcra", keys, args)
         before = dict(cells)
-        twin = _limit_twin.gcra(reply[0], keys, args, cells.get, store, lambda name: None)
+        twin = limit_twin.gcra(reply[0], keys, args, cells.get, store, lambda name: None)
         assert twin == reply
         after = await manager.client.mget(keys[1:])
         for key, text in zip(keys[1:], after, strict=True):

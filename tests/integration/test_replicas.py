@@ -239,7 +239,7 @@ async def test_a_type_runs_no_more_at_once_than_it_may_and_others_go_on(queue, a
 
 
 async def test_the_breakers_of_a_worker_are_shown(queue, agents, manager):
-    from orchestra._breaker_exchange import shown_breakers
+    from orchestra._breakers.exchange import shown_breakers
 
     agents.register("ask", lambda task: None, worker_id="a", breaker=CircuitBreakerConfig())
     async with Dispatcher(queue, agents=agents) as dispatcher:

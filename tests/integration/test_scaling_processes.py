@@ -13,7 +13,7 @@ import time
 import pytest
 
 from orchestra import App
-from orchestra._scaling import Scaler, ScalingPolicy
+from orchestra._pool.scaling import Scaler, ScalingPolicy
 from orchestra.cli._supervisor import READY, Load, Place, Processes, Report
 from orchestra.errors import ConfigurationError
 

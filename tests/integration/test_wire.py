@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from orchestra._wire import Endpoint, ReplyError, Wire, pack, reply_code
+from orchestra._redis.wire import Endpoint, ReplyError, Wire, pack, reply_code
 from orchestra.errors import StoreError, StoreUnavailableError
 from tests.integration.wire_peers import LOOPS, fake_server, open_wire, run_on
 

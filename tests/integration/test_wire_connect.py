@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 
-from orchestra._wire import Endpoint, Wire, pack
+from orchestra._redis.wire import Endpoint, Wire, pack
 from orchestra.errors import ConfigurationError, StoreAuthError, StoreUnavailableError
 from tests.integration.wire_peers import LOOPS, open_wire, run_on
 

@@ -7,7 +7,7 @@ import contextlib
 
 import pytest
 
-from orchestra._wire import Endpoint, Wire
+from orchestra._redis.wire import Endpoint, Wire
 
 
 @contextlib.asynccontextmanager

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestra import _address
-from orchestra._address import Address, default_address, parse_address
+from orchestra._redis import address as _address
+from orchestra._redis.address import Address, default_address, parse_address
 from orchestra.errors import ConfigurationError
 
 

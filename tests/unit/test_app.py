@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from orchestra._loading import is_target, load_app
-from orchestra._runs import key_id
-from orchestra._signature import ProcessCall, Signature, make_call
+from orchestra._front.loading import is_target, load_app
+from orchestra._front.runs import key_id
+from orchestra._front.signature import ProcessCall, Signature, make_call
 from orchestra.agents import AgentRegistry
 from orchestra.app import App
 from orchestra.errors import (

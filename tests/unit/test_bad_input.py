@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import pytest
 
 from orchestra import App
-from orchestra._breaker_exchange import BreakerExchange
-from orchestra._scaling import ScalingPolicy
+from orchestra._breakers.exchange import BreakerExchange
+from orchestra._pool.scaling import ScalingPolicy
 from orchestra._scheduling import ranks
 from orchestra.agents import AgentRegistry, LimitUse
 from orchestra.circuit_breaker import CircuitBreaker, CircuitBreakerConfig

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from orchestra import _cancellation
-from orchestra._cancellation import MARK_TTL_MS, CancelMarks
 from orchestra._delivery import Delivery, cancelled_record, corrupt_verdict, frame_ident, read_record
+from orchestra._queue import cancellation
+from orchestra._queue.cancellation import MARK_TTL_MS, CancelMarks
 from orchestra.errors import CorruptEntryError
 from orchestra.serialization import encode_task
 
@@ -70,7 +70,7 @@ def test_marks_are_forgotten_after_a_day():
 
 
 def test_marks_are_bounded(monkeypatch):
-    monkeypatch.setattr(_cancellation, "MOST_MARKS", 3)
+    monkeypatch.setattr(cancellation, "MOST_MARKS", 3)
     marks = CancelMarks()
     for n in range(10):
         marks.add(flat((f"t{n}", NOW + n)))

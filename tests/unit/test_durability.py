@@ -6,8 +6,8 @@ import pytest
 
 from orchestra import Durability
 from orchestra._durability import ACCEPTED
-from orchestra._server_settings import faults
-from orchestra._stream_produce import FULL_RETRY_AFTER, RETRY_AFTER, DrainRate
+from orchestra._queue.produce import FULL_RETRY_AFTER, RETRY_AFTER, DrainRate
+from orchestra._redis.server_settings import faults
 from orchestra.app import App
 from orchestra.cli import _checks
 from orchestra.errors import ConfigurationError

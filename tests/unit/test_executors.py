@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestra._executors import FunctionProcesses, FunctionThreads
+from orchestra._pool.executors import FunctionProcesses, FunctionThreads
 
 mark = contextvars.ContextVar("mark", default="clean")
 
@@ -200,7 +200,7 @@ def test_several_loops_may_share_the_threads(make_threads):
 
 HANGING = """
     import asyncio, sys, time
-    from orchestra._executors import FunctionThreads
+    from orchestra._pool.executors import FunctionThreads
 
     async def main():
         running = asyncio.ensure_future(threads.run(time.sleep, 600))
@@ -270,7 +270,7 @@ PARENT = """
     import asyncio, sys, time
     sys.path.insert(0, {folder!r})
     from functions import pid
-    from orchestra._executors import FunctionProcesses
+    from orchestra._pool.executors import FunctionProcesses
 
     async def main():
         processes = FunctionProcesses(1)

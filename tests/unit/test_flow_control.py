@@ -9,7 +9,7 @@ import pytest
 
 from orchestra import _shared, telemetry
 from orchestra._clock import SYSTEM_CLOCK
-from orchestra._limit_store import LimitStore
+from orchestra._limiting.store import LimitStore
 from orchestra.errors import BackpressureRejectedError, ConfigurationError, StoreAuthError, StoreUnavailableError
 from orchestra.flow_control import (
     BackpressureConfig,

@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from orchestra._delivery import Delivery
-from orchestra._leases import LeaseBook
-from orchestra._stall import STALL_AFTER, LoopWatch, stack_of
+from orchestra._queue.leases import LeaseBook
+from orchestra._queue.stall import STALL_AFTER, LoopWatch, stack_of
 
 
 def deliveries(count):

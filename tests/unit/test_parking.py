@@ -7,9 +7,10 @@ import random
 
 import pytest
 
-from orchestra import _parking, telemetry
-from orchestra._parking import GRACE, LATE, MOST_KEYS, MOST_TURNS, Line, Parking
-from orchestra._turnstile import Turnstiles
+from orchestra import telemetry
+from orchestra._dispatch import parking as _parking
+from orchestra._dispatch.parking import GRACE, LATE, MOST_KEYS, MOST_TURNS, Line, Parking
+from orchestra._dispatch.turnstile import Turnstiles
 
 
 def line(interval=1.0, now=100.0) -> Line:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from orchestra._delivery import Delivery
-from orchestra._quarantine import Quarantine
+from orchestra._dispatch.quarantine import Quarantine
 from orchestra.agents import AgentRegistry
 from orchestra.dispatcher import Dispatcher
 from orchestra.memory_queue import InMemoryTaskQueue

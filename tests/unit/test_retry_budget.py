@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from orchestra import _backoff
 from orchestra._backoff import BURST, RetryBucket, ceiling, delay, wanted, whole_ms
 from orchestra._delivery import Again, Bury, Delivery
+from orchestra._dispatch.retry_gate import RetryGate
 from orchestra._execution import Execution
-from orchestra._retry_gate import RetryGate
 from orchestra.agents import AgentRegistry
 from orchestra.cli.worker import parse_retry_budget
 from orchestra.errors import ConfigurationError, RetryLater

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from orchestra import AgentRegistry, Dispatcher, telemetry
-from orchestra._scaling import Demand, Scaler, ScalingPolicy
+from orchestra._pool.scaling import Demand, Scaler, ScalingPolicy
 from orchestra.errors import ConfigurationError
 from orchestra.orchestration_worker_pool import Histogram, OrchestrationWorkerPoolConfig, QueueWorkerPool
 from orchestra.testing import ManualClock, MockTaskQueue

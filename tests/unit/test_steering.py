@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from orchestra import App, BaseTask, CircuitBreakerConfig, RateLimitConfig, telemetry
-from orchestra._job_tally import RUN_TIMES, RunTimes, Tally, watch
+from orchestra._jobs.tally import RUN_TIMES, RunTimes, Tally, watch
 from orchestra.circuit_breaker import CircuitBreaker
 from orchestra.cli._steering import steering
 from orchestra.errors import ConfigurationError

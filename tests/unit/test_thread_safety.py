@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestra import telemetry
-from orchestra._address import parse_address
+from orchestra._redis.address import parse_address
 from orchestra.circuit_breaker import CircuitBreaker, CircuitBreakerConfig, CircuitState
 from orchestra.errors import OrchestraError
 from orchestra.load_balancer import (
@@ -34,9 +34,9 @@ CLAIMS = {
     "_ext/gcra.pyi": "tests/ext/test_threads.py::test_gcra_table",
     "_ext/heap.pyi": "tests/ext/test_threads.py::test_heap_loses_and_doubles_nothing",
     "_ext/wrr.pyi": "tests/ext/test_threads.py::test_ring_is_exact",
-    "orchestra/_address.py": "test_addresses",
+    "orchestra/_redis/address.py": "test_addresses",
     "orchestra/_durability.py": "immutable",
-    "orchestra/_signature.py": "immutable",
+    "orchestra/_front/signature.py": "immutable",
     "orchestra/circuit_breaker.py": "test_breaker_counts_every_call",
     "orchestra/load_balancer.py": "test_rotations_are_exact",
     "orchestra/serialization.py": "test_serialization",

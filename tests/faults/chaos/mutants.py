@@ -20,8 +20,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from orchestra import _identity, _leases, _link, _scripts, _stream_upkeep, _wire, dispatcher, task_queue
+from orchestra import _identity, _scripts, dispatcher, task_queue
 from orchestra._delivery import DONE, Again
+from orchestra._queue import leases, upkeep
+from orchestra._redis import link as _link
+from orchestra._redis import wire
 from orchestra._scripts import Script
 from orchestra.connections import ConnectionManager
 from orchestra.errors import StoreUnavailableError
@@ -159,7 +162,7 @@ def _promote_removes_first() -> None:
 
     async def script(self: Any, lua: Any, keys: Any, args: Any, patience: float = 0.0) -> Any:
         if lua.name == "promote":
-            seconds, micros = (await self.send(_wire.pack((("TIME",),)), 1))[0]
+            seconds, micros = (await self.send(wire.pack((("TIME",),)), 1))[0]
             bodies = await real(self, POP, keys, [int(seconds) * 1000 + int(micros) // 1000], patience)
             if bodies:
                 await real(self, GAP, keys, (), patience)
@@ -190,17 +193,17 @@ def _retry_removes_first() -> None:
 
 def _renewal_steals() -> None:
     _replaced(r"if row and row\[4\] == tonumber\(ARGV\[i \+ 1\]\) then", "if true then", "renew")
-    real = _leases.LeaseBook.__init__
+    real = leases.LeaseBook.__init__
 
     def init(self: Any, lease: float) -> None:
         real(self, lease)
         self._keep = 1e9  # else the own clock ends what the theft would
 
-    _patch(_leases.LeaseBook, "__init__", init)
+    _patch(leases.LeaseBook, "__init__", init)
 
 
 def _renewals_off() -> None:
-    _patch(_leases.LeaseKeeper, "_renew", lambda self, due: None)
+    _patch(leases.LeaseKeeper, "_renew", lambda self, due: None)
 
 
 def _no_dedup() -> None:
@@ -209,14 +212,14 @@ def _no_dedup() -> None:
 
 
 def _group_at_end() -> None:
-    real = _wire._pack_command
+    real = wire._pack_command
 
     def pack(command: Any) -> bytes:
         if tuple(command[:2]) == ("XGROUP", "CREATE"):
             command = (*command[:4], "$", *command[5:])
         return real(command)
 
-    _patch(_wire, "_pack_command", pack)
+    _patch(wire, "_pack_command", pack)
 
 
 def _forgets_pending() -> None:
@@ -224,14 +227,14 @@ def _forgets_pending() -> None:
 
     async def adopt(self: Any, consumer: str, room: int) -> Any:
         link = await self._of.link()
-        (names,) = await link.send(_wire.pack((("ZRANGE", self._of.keys.consumers, 0, -1),)), 1)
+        (names,) = await link.send(wire.pack((("ZRANGE", self._of.keys.consumers, 0, -1),)), 1)
         for name in (raw.decode() for raw in names):
             if name != consumer and _identity.is_dead(name):
                 lanes = [("XGROUP", "DELCONSUMER", lane, self._of.group, name) for lane in self._of.keys.lanes]
-                await link.send(_wire.pack(lanes), len(lanes))
+                await link.send(wire.pack(lanes), len(lanes))
         return []
 
-    _patch(_stream_upkeep.StreamUpkeep, "_adopt", adopt)
+    _patch(upkeep.StreamUpkeep, "_adopt", adopt)
 
 
 def _settle_forgotten() -> None:

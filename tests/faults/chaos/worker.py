@@ -17,7 +17,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from orchestra import _stream_upkeep, telemetry
+from orchestra import telemetry
+from orchestra._queue import upkeep
 from orchestra.connections import ConnectionManager
 from orchestra.dispatcher import Dispatcher
 from orchestra.task_queue import RedisStreamTaskQueue
@@ -147,7 +148,7 @@ def start(argv: list[str], run: Any) -> None:
     faulthandler.register(signal.SIGUSR1)
     plan = Plan.load(Path(plan_path))
     if plan.scan_rows is not None:
-        _stream_upkeep.SCAN_ROWS = plan.scan_rows
+        upkeep.SCAN_ROWS = plan.scan_rows
     if plan.mutant is not None:
         mutants.apply(plan.mutant)
     history = History(Path(directory) / f"{actor}.jsonl", actor)

@@ -1,0 +1,164 @@
+"""Turns verdicts into script calls. Pure: no I/O, no state; :mod:`orchestra._queue.settler` sends them.
+
+Deliveries of one lane and one kind of verdict travel in one script call, and all calls of a batch in one round trip.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from orchestra._delivery import (
+    DONE,
+    Again,
+    Bury,
+    Cancel,
+    Complete,
+    Delivery,
+    Verdict,
+    cancelled_record,
+    completed_record,
+    corrupt_verdict,
+    dead_record,
+)
+from orchestra._keys import QueueKeys
+from orchestra._redis.link import Call
+from orchestra._scripts import Arg, script
+from orchestra.errors import CorruptEntryError, InvalidTaskError
+from orchestra.serialization import dumps
+
+RANGE_WORTH = 4
+"""One range check is used while it reads at most so many pending rows for each id it saves looking up."""
+
+_rank = operator.attrgetter("rank")
+
+
+class Settling(NamedTuple):
+    """One script call and the deliveries it ends."""
+
+    call: Call
+    deliveries: Sequence[Delivery]
+
+
+class SettlePlanner:
+    """Plans the calls that settle a batch for one group of one queue. Results live ``result_ttl`` seconds."""
+
+    def __init__(self, queue: str, keys: QueueKeys, group: str, result_ttl: float, max_bytes: int) -> None:
+        self._queue = queue
+        self._keys = keys
+        self._group = group
+        self._ttl_ms = int(result_ttl * 1000)
+        self._max_bytes = max_bytes
+        self._complete = script("complete")
+        self._complete_result = script("complete_result")
+        self._retry = script("retry")
+        self._dead = script("dead_letter")
+        self._cancelled = script("cancelled")
+
+    def plan(self, batch: Sequence[tuple[Delivery, Verdict]], held: Sequence[int]) -> list[Settling]:
+        """The calls for ``batch``; ``held[lane]`` bounds how many entries of a lane this process has pending."""
+        plain: dict[tuple[int, str], list[Delivery]] = {}
+        rest: dict[tuple[int, str, type], list[tuple[Delivery, Any]]] = {}
+        for delivery, verdict in batch:
+            key = (delivery.lane, delivery.consumer)
+            if verdict is DONE:
+                plain.setdefault(key, []).append(delivery)
+                continue
+            final = self._as_sendable(delivery, verdict)
+            if isinstance(final, Complete) and not delivery.wants_result:
+                plain.setdefault(key, []).append(delivery)
+            else:
+                rest.setdefault((*key, type(final)), []).append((delivery, final))
+        calls = [self._plain(lane, consumer, group, held[lane]) for (lane, consumer), group in plain.items()]
+        planners: dict[type, Callable[..., Settling]] = {
+            Complete: self._with_result,
+            Again: self._again,
+            Bury: self._bury,
+            Cancel: self._cancel,
+        }
+        calls += [planners[kind](lane, consumer, group) for (lane, consumer, kind), group in rest.items()]
+        return calls
+
+    def _as_sendable(self, delivery: Delivery, verdict: Verdict) -> Verdict:
+        """What cannot be sent as it is, is a failure of the task, known before anything is settled.
+
+        A value that cannot travel; or an entry that nobody has tried to read before it was released or acknowledged.
+        """
+        if isinstance(verdict, Bury):
+            return verdict
+        try:
+            if isinstance(verdict, Complete) and delivery.wants_result:
+                completed_record(delivery.header.id, verdict.value, self._max_bytes)
+            _ = delivery.header
+        except CorruptEntryError as error:
+            return corrupt_verdict(self._queue, delivery, error)
+        except InvalidTaskError as error:
+            info = {"error": f"the agent's result cannot travel: {error}", "error_type": type(error).__name__}
+            return Bury("bad_result", delivery.attempt, info)
+        return verdict
+
+    def _plain(self, lane: int, consumer: str, group: list[Delivery], held: int) -> Settling:
+        first = [d for d in group if d.deliveries == 1]
+        again = [d for d in group if d.deliveries != 1]
+        room = held if first and held <= RANGE_WORTH * len(first) else 0
+        args: list[Arg] = [self._group, consumer, room, b"-", b"+", len(first)]
+        if room:
+            first.sort(key=_rank)
+            args[3], args[4] = first[0].entry, first[-1].entry
+        args += [d.entry for d in first]
+        for delivery in again:
+            args += (delivery.entry, delivery.deliveries)
+        return Settling(Call(self._complete, (self._keys.lanes[lane], self._keys.counters), args), [*first, *again])
+
+    def _with_result(self, lane: int, consumer: str, group: list[tuple[Delivery, Complete]]) -> Settling:
+        keys = [self._keys.lanes[lane], self._keys.counters]
+        args: list[Arg] = [self._group, consumer]
+        for delivery, verdict in group:
+            header = delivery.header
+            keys.append(self._keys.result(header.id))
+            record = completed_record(header.id, verdict.value, self._max_bytes)
+            args += (delivery.entry, delivery.deliveries, self._ttl_ms, record, self._channel(header.reply))
+        return Settling(Call(self._complete_result, keys, args), [d for d, _ in group])
+
+    def _again(self, lane: int, consumer: str, group: list[tuple[Delivery, Again]]) -> Settling:
+        names = self._keys
+        keys = (names.lanes[lane], names.delayed, names.bodies, names.counters, names.cancels)
+        args: list[Arg] = [self._group, consumer, lane]
+        for delivery, verdict in group:
+            delay_ms = max(0, math.ceil(verdict.left() * 1000))
+            args += (delivery.entry, delivery.deliveries, delivery.header.id, delay_ms, verdict.counter)
+        return Settling(Call(self._retry, keys, args), [d for d, _ in group])
+
+    def _cancel(self, lane: int, consumer: str, group: list[tuple[Delivery, Cancel]]) -> Settling:
+        keys = [self._keys.lanes[lane], self._keys.counters, self._keys.cancels]
+        args: list[Arg] = [self._group, consumer, self._ttl_ms]
+        for delivery, _ in group:
+            header = delivery.header
+            keys.append(self._keys.result(header.id))
+            record = cancelled_record(header.id)
+            args += (delivery.entry, delivery.deliveries, header.id, record, self._channel(header.reply))
+        return Settling(Call(self._cancelled, keys, args), [d for d, _ in group])
+
+    def _bury(self, lane: int, consumer: str, group: list[tuple[Delivery, Bury]]) -> Settling:
+        keys = [self._keys.lanes[lane], self._keys.dlq, self._keys.counters]
+        args: list[Arg] = [self._group, consumer, lane]
+        for delivery, verdict in group:
+            ttl, record, channel, key = 0, b"", "", self._keys.dlq
+            try:
+                header = delivery.header
+            except CorruptEntryError:
+                pass  # nobody can be waiting for what cannot be read
+            else:
+                if delivery.wants_result:
+                    ttl, record = self._ttl_ms, dead_record(header.id, verdict)
+                    channel, key = self._channel(header.reply), self._keys.result(header.id)
+            keys.append(key)
+            error = dumps(verdict.error)
+            args += (delivery.entry, delivery.deliveries, verdict.attempts, verdict.reason, error, delivery.frame)
+            args += (ttl, record, channel)
+        return Settling(Call(self._dead, keys, args), [d for d, _ in group])
+
+    def _channel(self, client: str | None) -> str:
+        return self._keys.replies(client) if client else ""
