@@ -82,9 +82,12 @@ def rate_of_calls(raw: Raw, calls: Sequence[bytes], count: int, in_flight: int =
 
 def xadd_rate(raw: Raw, count: int) -> float:
     """Plain pipelined XADD of the same frames: what a queue without any promise could reach."""
-    frame = encode_task(task()).frame
-    block = resp("XADD", LANE, "*", "t", frame) * BATCH
-    return rate_of_calls(raw, [block] * (count // BATCH), count)
+    return rate_of_calls(raw, [xadd_block()] * (count // BATCH), count)
+
+
+def xadd_block() -> bytes:
+    """Pipelined XADD of one batch."""
+    return resp("XADD", LANE, "*", "t", encode_task(task()).frame) * BATCH
 
 
 def fill(raw: Raw, count: int) -> list[bytes]:
@@ -100,22 +103,52 @@ def fill(raw: Raw, count: int) -> list[bytes]:
 
 def drain_rate(server: Server, count: int) -> float:
     """XREADGROUP COUNT 500 and orchestra's settle script for the batch, ``IN_FLIGHT`` batches under way."""
+    return drain(server, count)[0]
+
+
+def drain(server: Server, count: int, *, bare: bool = False) -> tuple[float, float]:
+    """The same; tasks a second, and microseconds of the server's CPU a task. ``bare``: XACK and XDEL settle a batch."""
     server.flush()
     raw = server.raw
     make_groups(raw)
     entries = fill(raw, count)
     frame = encode_task(task(0)).frame
-    read = resp("XREADGROUP", "GROUP", GROUP, CONSUMER, "COUNT", BATCH, "STREAMS", LANE, ">")
-    entry = 4 + 5 + ENTRY_ID + 2 + 4 + len(b"$1\r\nt\r\n") + len(b"$%d\r\n" % len(frame)) + len(frame) + 2
-    head = len(b"*1\r\n*2\r\n$%d\r\n%s\r\n*%d\r\n" % (len(LANE), LANE.encode(), BATCH))
-    settles = [_settle(entries[start : start + BATCH]) for start in range(0, count, BATCH)]
+    read, size = _read_batch(), _batch_bytes(frame)
+    settle = _settle_bare if bare else _settle
+    size += 2 * len(b":%d\r\n" % BATCH) - len(b"*0\r\n") if bare else 0
+    settles = [settle(entries[start : start + BATCH]) for start in range(0, count, BATCH)]
     sent = done = 0
-    began = time.perf_counter()
+    used, began = server.cpu_seconds(), time.perf_counter()
     while done < len(settles):
         while sent < len(settles) and sent - done < IN_FLIGHT:
             raw.socket.sendall(read + settles[sent])
             sent += 1
-        raw.skip(head + BATCH * entry + len(b"*0\r\n"))
+        raw.skip(size)
+        done += 1
+    rate, used = count / (time.perf_counter() - began), server.cpu_seconds() - used
+    left = raw.ask("XLEN", LANE)
+    assert left == 0, f"{left} entries are left: the replies are not what this drain expects"
+    return rate, used / count * 1e6
+
+
+def total_rate(server: Server, count: int) -> float:
+    """Tasks a second when XADD, XREADGROUP and settling of the same batch follow each other, ``IN_FLIGHT`` batches at once."""
+    server.flush()
+    raw = server.raw
+    make_groups(raw)
+    frame = encode_task(task(0)).frame
+    entries = [b"1000000000000-%06d" % number for number in range(100_001, 100_001 + count)]
+    parts = [entries[start : start + BATCH] for start in range(0, count, BATCH)]
+    blocks = [b"".join(resp("XADD", LANE, entry, "t", frame) for entry in part) for part in parts]
+    blocks = [block + _read_batch() + _settle(part) for block, part in zip(blocks, parts, strict=True)]
+    size = BATCH * (ENTRY_ID + 7) + _batch_bytes(frame)
+    sent = done = 0
+    began = time.perf_counter()
+    while done < len(blocks):
+        while sent < len(blocks) and sent - done < IN_FLIGHT:
+            raw.socket.sendall(blocks[sent])
+            sent += 1
+        raw.skip(size)
         done += 1
     rate = count / (time.perf_counter() - began)
     left = raw.ask("XLEN", LANE)
@@ -123,9 +156,24 @@ def drain_rate(server: Server, count: int) -> float:
     return rate
 
 
+def _read_batch() -> bytes:
+    return resp("XREADGROUP", "GROUP", GROUP, CONSUMER, "COUNT", BATCH, "STREAMS", LANE, ">")
+
+
+def _batch_bytes(frame: bytes) -> int:
+    """Size of the reply to one read and of the settle script's."""
+    entry = 4 + 5 + ENTRY_ID + 2 + 4 + len(b"$1\r\nt\r\n") + len(b"$%d\r\n" % len(frame)) + len(frame) + 2
+    head = len(b"*1\r\n*2\r\n$%d\r\n%s\r\n*%d\r\n" % (len(LANE), LANE.encode(), BATCH))
+    return head + BATCH * entry + len(b"*0\r\n")
+
+
 def _settle(entries: Sequence[bytes]) -> bytes:
     head = (GROUP, CONSUMER, len(entries), entries[0], entries[-1], len(entries))
     return script("complete").pack((LANE, KEYS.counters), (*head, *entries))
+
+
+def _settle_bare(entries: Sequence[bytes]) -> bytes:
+    return resp("XACK", LANE, GROUP, *entries) + resp("XDEL", LANE, *entries)
 
 
 def reader(address: str | tuple[str, int], samples: int, *, echo: bool) -> None:

@@ -43,6 +43,11 @@ def resp(*parts: Any) -> bytes:
     return packed
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU seconds that all living threads of a process have used, to the nanosecond; Linux only."""
+    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
+
+
 class Raw:
     """A blocking socket that speaks precomputed bytes; :meth:`ask` parses, the rest does not."""
 
@@ -99,6 +104,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         path = str(self.dir / "s")
+        self.port = port
         self.address: str | tuple[str, int] = path if transport == "unix" else ("127.0.0.1", port)
         self.url = f"unix://{path}" if transport == "unix" else f"redis://127.0.0.1:{port}"
         options = ["--port", str(port), "--bind", "127.0.0.1", "--unixsocket", path, "--unixsocketperm", "700"]
@@ -132,6 +138,18 @@ class Server:
         """``INFO section`` as a dict."""
         lines = self.raw.ask("INFO", section).decode().split("\r\n")
         return dict(line.split(":", 1) for line in lines if ":" in line)
+
+    def memory(self) -> int:
+        """Bytes that keys and their overhead take, without the buffers of clients."""
+        info = self.info("memory")
+        return int(info["used_memory"]) - int(info["mem_clients_normal"])
+
+    def cpu_seconds(self) -> float:
+        """CPU that the server has used since its start, in seconds."""
+        if sys.platform == "linux":
+            return cpu_seconds(self.process.pid)
+        info = self.info("cpu")
+        return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
 
     def stop(self) -> None:
         """End the process that was started here."""

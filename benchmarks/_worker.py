@@ -1,7 +1,7 @@
 """The other process of a comparison: one worker with one agent, or the raw reader beside which it is measured.
 
-``python -m benchmarks._worker MODE URL [COUNT]``; writes one JSON line when it is done (``drain``, ``sleep``), lives
-until killed (``wake``, ``answer``, ``idle``), or reads raw (``raw-wake``, ``raw-echo``). Says ``ready`` on stderr.
+``python -m benchmarks._worker MODE URL [COUNT]``; writes one JSON line when it is done (``drain``, ``sleep``, ``burn`` in
+processes, ``load``: also the microseconds since each task's ``sent``), lives until killed (``wake``, ``answer``, ``idle``), or reads raw (``raw-wake``, ``raw-echo``). Says ``ready`` on stderr.
 Concurrency: one event loop; ``ORCHESTRA_BENCH_UVLOOP=1`` makes it uvloop's.
 """
 
@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _raw
+from benchmarks._burn import burn
 from orchestra.agents import AgentRegistry
 from orchestra.connections import ConnectionManager
 from orchestra.dispatcher import Dispatcher
 from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import BaseTask
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).absolute().parents[1]
 SLEEP = 0.1
 UVLOOP = os.environ.get("ORCHESTRA_BENCH_UVLOOP", "") not in ("", "0")
 
@@ -82,22 +83,46 @@ async def serve(url: str, mode: str, count: int) -> None:
     async def answer(task: BaseTask) -> str:
         return "done"
 
+    waited: list[float] = []
+
+    async def load(task: BaseTask) -> None:
+        nonlocal handled, first
+        now = time.monotonic_ns()
+        if not handled:
+            first = now
+        waited.append((now - task.input["sent"]) / 1000)
+        handled += 1
+        if handled == count:
+            finished.set()
+
+    modes = {"drain": noop, "sleep": sleep, "wake": tell, "answer": answer, "idle": noop, "load": load, "burn": burn}
     agents = AgentRegistry()
-    agents.register(
-        "text_classification", {"drain": noop, "sleep": sleep, "wake": tell, "answer": answer, "idle": noop}[mode]
-    )
+    agents.register("text_classification", modes[mode], **({"executor": "process"} if mode == "burn" else {}))
     async with queue_at(url) as queue:
         dispatcher = Dispatcher(queue, agents=agents, max_concurrent_dispatch=1000 if mode == "sleep" else 100)
         async with dispatcher:
             sys.stderr.write("ready\n")
-            await finished.wait()
-            last = time.monotonic_ns()
+            if mode == "burn":
+                first = await _completed(dispatcher, 1)
+                last = await _completed(dispatcher, count)
+            else:
+                await finished.wait()
+                last = time.monotonic_ns()
             while await queue.get_queue_depth():
                 await asyncio.sleep(0.001)
             empty, cpu = time.monotonic_ns(), time.process_time() - cpu
             outcomes = {outcome.value: number for outcome, number in dispatcher.outcomes.items()}
     facts = {"run_s": (last - first) / 1e9, "empty_s": (empty - first) / 1e9, "outcomes": outcomes}
+    if waited:
+        facts["waited_us"] = waited
     print(json.dumps({**facts, "rss_mib": resident("self", "VmHWM"), "cpu_s": cpu}))
+
+
+async def _completed(dispatcher: Dispatcher, count: int) -> int:
+    """The moment when ``count`` tasks have ended, for agents in processes, which cannot count here."""
+    while sum(dispatcher.outcomes.values()) < count:
+        await asyncio.sleep(0.002)
+    return time.monotonic_ns()
 
 
 def resident(pid: int | str, field: str = "VmRSS") -> float:
@@ -107,11 +132,6 @@ def resident(pid: int | str, field: str = "VmRSS") -> float:
             if line.startswith(field):
                 return int(line.split()[1]) / 1024
     return 0.0
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU seconds that all threads of a process have used, to the nanosecond; Linux only."""
-    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
 @contextlib.contextmanager

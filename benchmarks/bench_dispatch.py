@@ -11,8 +11,9 @@ import json
 import time
 
 from benchmarks import _raw
+from benchmarks._server import cpu_seconds
 from benchmarks._table import Row
-from benchmarks._worker import SLEEP, cpu_seconds, other_process, queue_at, resident, run_loop
+from benchmarks._worker import SLEEP, other_process, queue_at, resident, run_loop
 
 CONCURRENCY = 1000
 

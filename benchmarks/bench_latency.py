@@ -31,33 +31,41 @@ def _percentiles(rows, times):
     }
 
 
+async def _send(url, pipe, samples):
+    times = []
+    async with queue_at(url) as queue:
+        for _ in range(samples):
+            began = time.monotonic_ns()
+            await queue.produce(_raw.task())
+            times.append((struct.unpack("<q", os.read(pipe, 8))[0] - began) / 1000)
+            await asyncio.sleep(GAP)
+    return times
+
+
+def send_times(server, samples):
+    """Microseconds from before ``produce`` here to the agent's first line in a worker process."""
+    server.flush()
+    with other_process("wake", server.url) as worker:
+        return run_loop(_send(server.url, worker.stdout.fileno(), samples))
+
+
+def wake_times(server, samples):
+    """Microseconds from before XADD here until a blocked reader in another process has the bytes."""
+    server.flush()
+    _raw.make_groups(server.raw)
+    with other_process("raw-wake", server.url, samples) as reader:
+        assert os.read(reader.stdout.fileno(), 8) == bytes(8)
+        return _raw.wake_times(server, reader.stdout.fileno(), samples, GAP)
+
+
 def test_send_to_start(benchmark, comparisons, empty, scale):
     samples = WARM + scale(500, 200, 20)
     rows = _rows("send → agent starts, idle system", 2.5, 4.0)
-
-    async def send(pipe):
-        times = []
-        async with queue_at(empty.url) as queue:
-            for _ in range(samples):
-                began = time.monotonic_ns()
-                await queue.produce(_raw.task())
-                times.append((struct.unpack("<q", os.read(pipe, 8))[0] - began) / 1000)
-                await asyncio.sleep(GAP)
-        return times
-
-    def ours():
-        empty.flush()
-        with other_process("wake", empty.url) as worker:
-            return _percentiles(rows, run_loop(send(worker.stdout.fileno())))
-
-    def raw():
-        empty.flush()
-        _raw.make_groups(empty.raw)
-        with other_process("raw-wake", empty.url, samples) as reader:
-            assert os.read(reader.stdout.fileno(), 8) == bytes(8)
-            return _percentiles(rows, _raw.wake_times(empty, reader.stdout.fileno(), samples, GAP))
-
-    comparisons.run(benchmark, ours, raw)
+    comparisons.run(
+        benchmark,
+        lambda: _percentiles(rows, send_times(empty, samples)),
+        lambda: _percentiles(rows, wake_times(empty, samples)),
+    )
 
 
 def test_send_to_result(benchmark, comparisons, empty, scale):

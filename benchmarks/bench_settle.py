@@ -9,7 +9,6 @@ older task that still runs, where the script cannot drop whole nodes of the stre
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -17,7 +16,6 @@ import pytest
 from benchmarks import _raw
 from benchmarks._server import Server, resp
 from benchmarks._table import Row
-from benchmarks._worker import cpu_seconds
 from orchestra._delivery import DONE, Delivery
 from orchestra._queue.settle import SettlePlanner
 from orchestra._scripts import script
@@ -33,13 +31,6 @@ def _read(server: Server, count: int = _raw.BATCH) -> None:
     read = resp("XREADGROUP", "GROUP", _raw.GROUP, _raw.CONSUMER, "COUNT", count, "STREAMS", _raw.LANE, ">")
     server.raw.socket.sendall(read)
     assert len(server.raw.reply()[0][1]) == count
-
-
-def _cpu(server: Server) -> float:
-    if sys.platform == "linux":
-        return cpu_seconds(server.process.pid)
-    info = server.info("cpu")
-    return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
 
 
 def _unfenced(entries: Sequence[bytes]) -> tuple[bytes, int]:
@@ -75,11 +66,11 @@ def _microseconds(server: Server, count: int, settle: Settle, *, older: bool) ->
     for start in range(0, len(settles), ROUND):
         for _ in range(ROUND):
             _read(server)
-        before = _cpu(server)
+        before = server.cpu_seconds()
         for commands, answer in settles[start : start + ROUND]:
             server.raw.socket.sendall(commands)
             server.raw.skip(answer)
-        used += _cpu(server) - before
+        used += server.cpu_seconds() - before
     assert server.raw.ask("XLEN", _raw.LANE) == server.raw.ask("XPENDING", _raw.LANE, _raw.GROUP)[0] == older
     return used / count * 1e6
 

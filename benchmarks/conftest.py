@@ -10,6 +10,7 @@ import os
 
 import pytest
 
+from benchmarks import _beside
 from benchmarks._server import TRANSPORT, Server, awake_cores
 from benchmarks._table import QUICK, Comparisons, machine
 
@@ -54,7 +55,7 @@ def scale(benchmark):
 
 def pytest_terminal_summary(terminalreporter, config):
     micro = [bench for bench in _measured(config) if "ratio" in bench.extra_info or "ns" in bench.extra_info]
-    if not COMPARISONS.rows and not micro:
+    if not COMPARISONS.rows and not micro and not _beside.LINES:
         return
     write = terminalreporter.write_line
     terminalreporter.section("orchestra beside the raw ceiling of the same run")
@@ -63,6 +64,8 @@ def pytest_terminal_summary(terminalreporter, config):
         write(line)
     for bench in micro:
         write(f"{bench.name}: " + ", ".join(f"{key} {value}" for key, value in bench.extra_info.items()))
+    for line in _beside.table() if _beside.LINES else ():
+        write(line)
     if _measured(config) and COMPARISONS.rows:
         COMPARISONS.write_json()
 

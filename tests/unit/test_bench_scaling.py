@@ -1,0 +1,84 @@
+"""The tables of how cost grows: one small run of each kind of row, and what a failing row does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import scaling
+from benchmarks._server import Server
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "agents": {"agents": 5, "tasks": 200, "sleeps": 10},
+    "backlog": {"backlog": 3_000, "window": 1_000},
+    "bodies": {"bytes": 2_000, "tasks": 50},
+    "workers": {"servers": 2, "workers": 2, "tasks": 2_000},
+}
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize("table", scaling.TABLES, ids=lambda table: table.name)
+def test_row_of_each_table(server, table):
+    found = table.measure(server, **SMALL[table.name])
+    assert all(value > 0 for value in found.values()), found
+    assert {name for name in found if "µs" in name}, "every row tells CPU time a task"
+
+
+@pytest.mark.parametrize("table", scaling.TABLES, ids=lambda table: table.name)
+def test_axes_are_what_the_measure_takes(table):
+    assert all(set(axis) == set(SMALL[table.name]) for axis in (*table.full, *table.quick))
+
+
+def test_axes_reach_what_is_promised():
+    full = {table.name: table.full for table in scaling.TABLES}
+    assert [axis["agents"] for axis in full["agents"]] == [1, 10, 100, 1_000, 10_000]
+    assert [axis["backlog"] for axis in full["backlog"]] == [10**n for n in range(3, 8)]
+    assert {axis["workers"] for axis in full["workers"]} == {1, 2, 4, 8}
+    assert {axis["servers"] for axis in full["workers"]} == {1, 2, 4}
+    assert (min(axis["bytes"] for axis in full["bodies"]), max(axis["bytes"] for axis in full["bodies"])) == (
+        100,
+        1_047_552,
+    )
+
+
+def test_row_that_fails_says_why_and_the_others_are_measured():
+    def measure(server, size):
+        if size == 2:
+            raise RuntimeError("too large")
+        return {"drain /s": float(size)}
+
+    table = scaling.Table("t", "Title", [{"size": n} for n in (1, 2, 3)], [], measure)
+    rows = scaling.measure(table, None, 3, quick=False)
+    text = scaling.markdown(table, rows)
+    assert [len(row.figures.get("drain /s", ())) for row in rows] == [3, 0, 3]
+    assert "RuntimeError: too large" in text
+    assert "| 2 | – |" in text
+
+
+@pytest.mark.slow
+def test_command_writes_tables(tmp_path):
+    words = ["--quick", "--only", "workers", "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.scaling", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "scaling.json").read_text())
+    assert {(row["servers"], row["workers"]) for row in found["tables"]["workers"]} == {(1, 1), (1, 2), (2, 2)}
+    assert all(row["server µs"] > 0 and not row["error"] for row in found["tables"]["workers"])
+    assert "### Worker processes and servers" in (tmp_path / "scaling.md").read_text()
