@@ -93,6 +93,21 @@ def ranks(aging: float | None, now: float) -> tuple[int, ...]:
 _STRICT = tuple(range(LANES))
 
 
+def places(aging: float | None, now: float) -> tuple[int, ...]:
+    """:func:`ranks` for what arrives from the streams of a queue: its lanes, then those before them.
+
+    What comes back goes before all of its lane that arrived less than half of ``aging`` earlier, and always without aging.
+    """
+    if aging is None or aging == 0:
+        return _STRICT_PLACES
+    keys = ranks(aging, now)
+    half = round(aging * 5e5)
+    return (*keys, *[key - half for key in keys])
+
+
+_STRICT_PLACES = (*range(1, 2 * LANES, 2), *range(0, 2 * LANES, 2))
+
+
 def priority_of(task_data: TaskDict) -> int:
     """The level of a task.
 

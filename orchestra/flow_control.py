@@ -23,6 +23,7 @@ from orchestra._ext.gcra import GcraTable
 from orchestra._limiting.joint import acquire_all, try_acquire_all
 from orchestra._limiting.line import Line
 from orchestra._limiting.permit_leases import Leases
+from orchestra._limiting.refusals import Refusals
 from orchestra._limiting.request import Request
 from orchestra._limiting.rules import (
     Admission,
@@ -112,6 +113,7 @@ class RedisRateLimiter(Connectable):
         if not isinstance(self.config, BackpressureConfig):
             raise ConfigurationError(f"config must be a BackpressureConfig, got {config!r}", field="config")
         self.metrics = FlowControlMetrics()
+        self.refusals = Refusals(self)
         self.setting = Setting.of(self.config)
         self.packed: dict[tuple[str, int, int, int], bytes] = {}
         waits = self.config.strategy is BackpressureStrategy.WAIT
@@ -359,6 +361,7 @@ class RedisRateLimiter(Connectable):
         else:
             self.metrics.rejected += 1
             self.metrics.rejected_locally += local
+            self.refusals.add()
             if telemetry.wanted("limiter.rejected"):
                 facts = {"cost": cost, "retry_after_s": admission.retry_after}
                 telemetry.emit("limiter.rejected", facts, {"limiter": self.name, "local": local})

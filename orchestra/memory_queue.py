@@ -251,7 +251,8 @@ class InMemoryTaskQueue(BaseTaskQueue):
 
     def _hand_out(self, lane: int, entry: bytes, held: Held) -> Delivery:
         self._rank += 1
-        delivery = Delivery(lane, entry, held.entry.fields(), held.consumer, held.deliveries, self._rank)
+        stream = lane + LANES if held.entry.front else lane
+        delivery = Delivery(stream, entry, held.entry.fields(), held.consumer, held.deliveries, self._rank)
         self.held[lane][entry] = delivery
         return delivery
 
@@ -309,8 +310,9 @@ class InMemoryTaskQueue(BaseTaskQueue):
         self._bells.ring(("result", task_id))
 
     def _find(self, message_id: str) -> Delivery | None:
-        lane, _, entry = str(message_id).partition(":")
-        return self.held[int(lane)].get(entry.encode()) if lane in ("0", "1", "2", "3") else None
+        stream, _, entry = str(message_id).partition(":")
+        known = len(stream) == 1 and stream in "01234567"
+        return self.held[int(stream) % LANES].get(entry.encode()) if known else None
 
     async def acknowledge(self, message_id: str) -> bool:
         """Complete a task. True only if this call settled a live delivery that this queue object handed out."""
@@ -414,7 +416,7 @@ class InMemoryTaskQueue(BaseTaskQueue):
         store = self._store
         return QueueStats(
             queue=self.name,
-            waiting=tuple(len(lane.waiting) for lane in store.lanes),
+            waiting=tuple(len(lane.front) + len(lane.waiting) for lane in store.lanes),
             in_flight=tuple(len(lane.pending) for lane in store.lanes),
             delayed=len(store.delayed),
             dead=len(store.dead),

@@ -25,12 +25,12 @@ from orchestra import telemetry
 from orchestra._clock import SYSTEM_CLOCK, Clock
 from orchestra._ext.heap import TaskHeap
 from orchestra._inheritance import Inheritance
-from orchestra._scheduling import Entry, SchedulerStatistics, deadline_of, priority_of, ranks
+from orchestra._scheduling import Entry, SchedulerStatistics, deadline_of, places, priority_of, ranks
 from orchestra._shared import Connectable, shared
 from orchestra.errors import ConfigurationError, InvalidTaskTypeError
 from orchestra.tasks import LANES, TaskDict, TaskPriority, require_int, require_number
 
-__all__ = ["PriorityScheduler", "SchedulerStatistics", "TaskPriority", "get_scheduler", "ranks"]
+__all__ = ["PriorityScheduler", "SchedulerStatistics", "TaskPriority", "get_scheduler", "places", "ranks"]
 
 logger = logging.getLogger("orchestra.scheduler")
 

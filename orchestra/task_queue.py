@@ -52,7 +52,7 @@ logger = logging.getLogger("orchestra.queue")
 
 
 class RedisStreamTaskQueue(BaseTaskQueue):
-    """Tasks in one stream per priority, one consumer group, at-least-once delivery.
+    """Tasks in a lane per priority, one consumer group, at-least-once delivery.
 
     Args:
         stream_name: the queue's name, ``[A-Za-z0-9._-]{1,64}``; producers and workers that share it share the queue.
@@ -128,7 +128,7 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         )
         self._intake = self._make_intake(5 * self.lease if max_stall is None else max_stall)
         self.held = self._intake.held
-        """Per lane, every delivery read by this object and not settled: entry id → delivery."""
+        """Per stream, every delivery read by this object and not settled: entry id → delivery."""
         self._link: Link | None = None
         self._replies: ReplyListener | None = None
         self._settler = Settler(
@@ -338,8 +338,8 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         return await self._settler.settle(batch)
 
     def _find(self, message_id: str) -> Delivery | None:
-        lane, _, entry = message_id.partition(":")
-        return self.held[int(lane)].get(entry.encode()) if lane in "0123" and len(lane) == 1 else None
+        stream, _, entry = message_id.partition(":")
+        return self.held[int(stream)].get(entry.encode()) if len(stream) == 1 and stream in "01234567" else None
 
     async def acknowledge(self, message_id: str) -> bool:
         """Complete a task: acknowledge and delete it. One round trip; none for an id that is not held here.
@@ -387,13 +387,13 @@ class RedisStreamTaskQueue(BaseTaskQueue):
 
         Raises:
             StoreUnavailableError: at once.
-        Cost: one round trip, and one for each lane when reclaiming.
+        Cost: one round trip, and two for each lane when reclaiming.
         """
         check_name("consumer_name", consumer)
         return await self._intake.maintain(consumer, room, alone)
 
     async def reclaim(self, consumer: str, room: int, idle_ms: int) -> list[Delivery]:
-        """Take over up to ``room`` deliveries that have been idle for ``idle_ms``; one round trip a lane."""
+        """Take over up to ``room`` deliveries that have been idle for ``idle_ms``; two round trips a lane."""
         return await self._intake.reclaim(consumer, room, idle_ms)
 
     def now(self) -> float:

@@ -8,8 +8,8 @@ No call of a breaker waits for Redis: closed, it asks nobody; half-open, it uses
 Redis does not answer, each process goes on with the state it has, as if its breakers were not shared.
 One event loop; the breakers themselves are used by whoever has them.
 
-Cost: nothing without breakers. Shared ones: one round trip every ``interval`` with two commands and one more a breaker,
-and every 0.1 s while one of them is not closed. Showing them: a command every two seconds, five every ten.
+Cost: nothing without breakers. Otherwise one command every ``interval``, and every 0.1 s while a shared breaker is not
+closed; every two seconds where none is shared. Where what is shown has changed, and every 25 seconds, four more.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
+from orchestra import _keys, _scripts
 from orchestra._breakers.link import BUSY_S, BreakerLink
 from orchestra._clock import SYSTEM_CLOCK, Clock
 from orchestra._identity import consumer_name
@@ -43,7 +44,7 @@ TTL_MS = 30_000
 """How long what a process has told is shown after its last sign of life."""
 RESET_TTL_MS = 3_600_000
 _TELL_S = 2.0
-_SIGN_S = 10.0
+_SIGN_S = 25.0
 _ROUND_S = 3.0  # what Redis has for one round, before the breakers are on their own
 _FAILURES = (redis.RedisError, OSError, OrchestraError, TimeoutError)
 
@@ -66,7 +67,7 @@ class BreakerExchange(Service):
         queue: str | None = None,
         *,
         origin: str | None = None,
-        interval: float = 0.5,
+        interval: float = 1.25,
         breakers: Callable[[], Iterable[CircuitBreaker]] = breaker_registry,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -75,6 +76,7 @@ class BreakerExchange(Service):
         self.origin = check_ident("origin", origin or consumer_name())
         self._manager = manager
         self._keys = QueueKeys(queue) if queue is not None else None
+        self._resets = _keys.breaker_resets(queue or "none")
         self._interval = interval
         self._breakers = breakers
         self._clock = clock
@@ -85,7 +87,7 @@ class BreakerExchange(Service):
         self._up = True
         self._told: list[tuple[Any, ...]] | None = None
         self._next_tell = self._next_sign = 0.0
-        self._since_ms = -1
+        self._since_ms = self._seen_ms = -1
         """Resets asked for before this moment of the Redis clock are not ours."""
         self._reset_at: dict[str, int] = {}
 
@@ -102,9 +104,12 @@ class BreakerExchange(Service):
         Cost: one round trip, and one for each transition, outcome and permit.
         """
         async with self._turn:
-            for breaker in self._breakers():
+            there = list(self._breakers())
+            for breaker in there:
                 if breaker.config.shared:
                     self.share(breaker)
+            if not there and not self._links and self._told is None:
+                return True
             try:
                 async with asyncio.timeout(_ROUND_S):
                     if not self._manager.connected:
@@ -131,6 +136,8 @@ class BreakerExchange(Service):
     def _pause(self) -> float:
         if not self._up:
             return max(1.0, self._interval)
+        if not self._links:
+            return max(_TELL_S, self._interval)
         busy = any(not breaker.closed for breaker in self._links)
         return min(BUSY_S, self._interval) if busy else self._interval
 
@@ -173,25 +180,24 @@ class BreakerExchange(Service):
 
     async def _look(self, client: Any) -> bool:
         asked = [(link, link.breaker.era) for link in self._links.values() if not link.pending]
-        if not asked:
+        if not asked and self._told is None:
             return True
-        pipe = client.pipeline(transaction=False)
-        pipe.time()
-        for link, _ in asked:
-            pipe.hmget(link.key, "state", "era", "until", "forced")
-        now, *rows = await pipe.execute(raise_on_error=False)
-        if isinstance(now, Exception):
-            raise now
-        now_ms, good = _ms(now), True
+        resets = self._resets
+        reply = await _scripts.call(client, "breaker_look", (resets, *(link.key for link, _ in asked)), ())
+        now_ms, flat, *rows = reply
+        self._seen_ms = now_ms
+        good = True
         for (link, before), row in zip(asked, rows, strict=True):
-            if isinstance(row, Exception):
-                self._lost([link], row)
+            if not isinstance(row, list):
+                self._lost([link], redis.ResponseError(row.decode("utf-8", "replace")))
                 good = False
-            elif row[0] is None or row[1] is None:
+            elif not row[0] or not row[1]:
                 link.learn_nothing(before)
             else:
                 wait_ms = max(0, min(int(row[2] or 0) - now_ms, round(link.breaker.config.recovery_timeout * 1000)))
                 link.learn(row[0].decode(), row[1].decode(), wait_ms, row[3] == b"1", before)
+        if self._told is not None:
+            self._reset(dict(zip(flat[::2], flat[1::2], strict=True)))
         return good
 
     def _lost(self, links: list[BreakerLink], error: Exception) -> None:
@@ -211,16 +217,14 @@ class BreakerExchange(Service):
         facts = [
             (s.name, s.state, s.era, s.failures, s.calls, s.failure_rate, s.forced, s.last_error) for s in snapshots
         ]
-        if facts == self._told and self._clock.monotonic() < self._next_sign:
-            resets = await client.hgetall(keys.breaker_resets)
-        else:
-            resets = await self._publish(client, keys, snapshots)
+        if facts != self._told or self._clock.monotonic() >= self._next_sign:
+            await self._publish(client, keys, snapshots)
             self._told = facts
             self._next_sign = self._clock.monotonic() + _SIGN_S
-        self._reset(resets)
 
-    async def _publish(self, client: Any, keys: QueueKeys, snapshots: list[BreakerSnapshot]) -> dict[bytes, bytes]:
-        now_ms = _ms(await client.time())
+    async def _publish(self, client: Any, keys: QueueKeys, snapshots: list[BreakerSnapshot]) -> None:
+        first = self._told is None  # from then on each round looks at the clock and at the resets
+        now_ms = _ms(await client.time()) if first else self._seen_ms
         if self._since_ms < 0:
             self._since_ms = now_ms
         text = json.dumps([_shown(snapshot, now_ms) for snapshot in snapshots])
@@ -229,9 +233,11 @@ class BreakerExchange(Service):
         pipe.zadd(keys.breakers, {self.origin: now_ms})
         pipe.zremrangebyscore(keys.breakers, "-inf", now_ms - TTL_MS)
         pipe.pexpire(keys.breakers, TTL_MS)
-        pipe.hgetall(keys.breaker_resets)
-        resets: dict[bytes, bytes] = (await pipe.execute())[-1]
-        return resets
+        if first:
+            pipe.hgetall(self._resets)
+        replies = await pipe.execute()
+        if first:
+            self._reset(replies[-1])
 
     def _reset(self, resets: dict[bytes, bytes]) -> None:
         asked = {name.decode("ascii", "replace"): int(at) for name, at in resets.items()}
@@ -295,7 +301,7 @@ def _row(told: dict[str, Any], process: str, now_ms: int) -> dict[str, Any]:
 
 async def ask_reset(manager: ConnectionManager, queue: str, name: str) -> None:
     """Ask every process of ``queue`` to reset its breaker ``name``; they do within about two seconds. Two round trips."""
-    key = QueueKeys(queue).breaker_resets
+    key = _keys.breaker_resets(queue)
     with store_errors(manager.address.safe, "HSET"):
         now_ms = _ms(await manager.client.time())
         pipe = manager.client.pipeline(transaction=False)

@@ -16,14 +16,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from orchestra import _backoff
 from orchestra._delivery import Again, Delivery
 from orchestra._dispatch.parking import MOST_KEYS, Line, Parking
 from orchestra._dispatch.turnstile import Turnstiles
 from orchestra._limiting.line_teller import LineTeller
-from orchestra._limiting.use import Limiter
+from orchestra._limiting.use import Limiter, LimitUse
 from orchestra.agents import AgentOptions
 from orchestra.errors import BackpressureRejectedError, ConfigurationError, StoreError, Throttled
 from orchestra.flow_control import get_flow_controller, try_acquire_all
@@ -37,6 +37,12 @@ SPACING = 0.001, 0.01
 
 class BadLimitError(Exception):
     """The key or cost of a task could not be told, or can never be admitted; ``__cause__`` says why."""
+
+
+class _Limited(Protocol):
+    @property
+    def uses(self) -> tuple[LimitUse, ...]:
+        """The limits that an attempt uses."""
 
 
 class _Ask(NamedTuple):
@@ -97,12 +103,10 @@ class Gate:
 
     def _asks(self, task: BaseTask, options: AgentOptions) -> list[_Ask]:
         asks = [] if self._limiter is None else [_Ask(_here(self._limiter), None, 1)]
-        for use in options.uses:
-            limiter = get_flow_controller(use.limiter) if isinstance(use.limiter, str) else _here(use.limiter)
-            try:
-                asks.append(_Ask(limiter, use.key_for(task), use.cost_for(task)))
-            except Exception as error:
-                raise _KeyFailedError from error
+        try:
+            asks += _uses(task, options)
+        except Exception as error:
+            raise _KeyFailedError from error
         return asks
 
     async def _ask_all(self, asks: Sequence[_Ask], task_id: str, urgency: int, *, came_back: bool) -> Again | None:
@@ -147,6 +151,8 @@ class Gate:
                 if at is not None and (teller := self._tellers.get(key)) is not None:
                     teller.add(ask.cost)
             if at is not None:
+                if (refusals := getattr(ask.limiter, "refusals", None)) is not None:
+                    refusals.add()
                 return _again(at, now)
         return None
 
@@ -191,8 +197,8 @@ class Gate:
     def throttled(self, task: BaseTask, error: Throttled) -> Again:
         """An agent was refused outside: nobody of its key, or of its type, starts before the time it was told."""
         wait = _backoff.wanted(error.retry_after)
-        if wait <= 0.0:
-            return Again(0.0, "throttled")
+        if wait <= 0.0:  # not at once: it goes before its lane, and would keep out whatever is behind it
+            return Again(SPACING[0], "throttled")
         now = time.monotonic()
         key = ("type", task.type) if error.key is None else ("key", error.key)
         line = self._held.park(key, key[1], _spacing(wait), now, wait)
@@ -234,6 +240,30 @@ class Gate:
 
 class _KeyFailedError(Exception):
     pass
+
+
+async def ask_once(task: BaseTask, options: _Limited) -> float | None:
+    """Ask the limits of ``task`` without a gate, for whoever calls an agent himself: None, or seconds until it may again.
+
+    Raises:
+        BackpressureRejectedError: no limit ever gives so much.
+        Exception: what telling its key or cost raised.
+    """
+    for group in _groups(_uses(task, options)):
+        admission = await _ask(group, 3 - task.priority, queue=False)
+        if not admission.allowed:
+            if admission.retry_after == math.inf:
+                raise BackpressureRejectedError("no permit of this cost is ever given", retry_after=math.inf)
+            return float(admission.retry_after)
+    return None
+
+
+def _uses(task: BaseTask, options: _Limited) -> list[_Ask]:
+    asks = []
+    for use in options.uses:
+        limiter = get_flow_controller(use.limiter) if isinstance(use.limiter, str) else _here(use.limiter)
+        asks.append(_Ask(limiter, use.key_for(task), use.cost_for(task)))
+    return asks
 
 
 def _here(limiter: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from orchestra import _keys
 from orchestra._clock import SYSTEM_CLOCK
+from orchestra._limiting.refusals import per_second
 from orchestra._limiting.rules import RateLimitConfig
 from orchestra._limiting.store import address_of, find_store
 from orchestra.connections import get_connection_manager, store_errors
@@ -31,6 +32,7 @@ class LimitStatus(NamedTuple):
 
     ``keys``: how many keys of it have used permits that are not back yet. ``available``: permits that could be had now,
     of its fullest key. ``version``: microseconds of the Redis clock at which it was set at run time, 0 if it was not.
+    ``refused``: requests and parked tasks a second that all processes together refused in the last ten seconds.
     """
 
     name: str
@@ -41,6 +43,7 @@ class LimitStatus(NamedTuple):
     keys: int
     available: int
     version: int
+    refused: float = 0.0
 
 
 async def set_limit(
@@ -92,13 +95,17 @@ async def list_limits(*, manager: ConnectionManager | str | None = None) -> list
     client = where.client
     limits: dict[tuple[str, str], list[str]] = {}
     debts: dict[tuple[str, str], list[int]] = {}
+    refused: dict[tuple[str, str], float] = {}
     with store_errors(where.address.safe, "SCAN"):
         seconds, micros = await client.time()
         keys = [key.decode() async for key in client.scan_iter(match=f"{_keys.PREFIX}{{lim.*", count=1000)]
         cells = []
         for key in sorted(keys):  # "names" comes before "set", which goes before it
             scope, rest = _parted(key)
-            if rest in ("names", "set"):
+            if rest == "refused":
+                for name, text in (await client.hgetall(key)).items():
+                    refused[scope, name.decode()] = per_second(text.decode(), seconds + micros / 1e6)
+            elif rest in ("names", "set"):
                 for name, text in (await client.hgetall(key)).items():
                     limits[scope, name.decode()] = ["0" if rest == "names" else "", *text.decode().split()][-5:]
             else:
@@ -107,7 +114,7 @@ async def list_limits(*, manager: ConnectionManager | str | None = None) -> list
             for (_, limit), text in zip(page, await client.mget([key for key, _ in page]), strict=True):
                 if text is not None:
                     debts.setdefault(limit, []).append(int(text.split()[0]) - (seconds * 1_000_000 + micros))
-    return sorted(_statuses(limits, debts))
+    return sorted(status._replace(refused=refused.get(status[1::-1], 0.0)) for status in _statuses(limits, debts))
 
 
 def _statuses(

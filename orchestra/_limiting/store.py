@@ -232,11 +232,15 @@ class LimitStore:
             return
         if len(self._noted) < MAX_NAMES:
             self._noted.add(name)
-        script, args = _scripts.script("gcra_note"), (name, text, MAX_NAMES, NAMES_TTL_MS)
+        args = (name, text, MAX_NAMES, NAMES_TTL_MS)
         if self._cells is not None:
             self._cells.run("gcra_note", 0, (self.names_key,), args)
-        elif self._wire is not None and not self._wire.closed:
-            packed = script.pack_with_text((self.names_key,), args)
+        self.say("gcra_note", self.names_key, args)
+
+    def say(self, name: str, key: str, args: Sequence[Any]) -> None:
+        """Run a script that nobody waits for, if the connection stands."""
+        if self._wire is not None and not self._wire.closed:
+            packed = _scripts.script(name).pack_with_text((key,), args)
             self._wire.send_nowait(packed, 1).add_done_callback(_look_away)
 
     # -- what goes into a call; nothing here awaits
@@ -434,11 +438,7 @@ def _rank(question: Any) -> Any:
 
 
 def _place(
-    question: Any,
-    limits: dict[tuple[str, Setting], int],
-    cells: dict[str, tuple[int, int]],
-    known: list[Any],
-    requests: list[Any],
+    question: Any, limits: dict[tuple[str, Setting], int], cells: dict[str, Any], known: list[Any], requests: list[Any]
 ) -> bool:
     """Add ``question`` to a call; False when the call has one of its cells under another setting already."""
     uses = question.uses

@@ -6,6 +6,7 @@ never executed, and cannot reach an attribute.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -101,13 +102,23 @@ def key_for(given: KeyOf, task: BaseTask) -> str | None:
         return _as_key(given(task), "what the key function gave")
     if "{" not in given:
         return given
-    return _FIELD.sub(lambda match: _as_key(_field_of(task, match[1]), f"field {match[1]!r}"), given)
+    parts = _parts(given)
+    if len(parts) == 3 and not parts[0] and not parts[2]:
+        return _field_of(task, parts[1])
+    return "".join([_field_of(task, part) if number % 2 else part for number, part in enumerate(parts)])
 
 
-def _field_of(task: BaseTask, name: str) -> Any:
+@functools.lru_cache(maxsize=1024)
+def _parts(template: str) -> tuple[str, ...]:
+    """Texts and names of fields in turn."""
+    return tuple(_FIELD.split(template))
+
+
+def _field_of(task: BaseTask, name: str) -> str:
     for place in (task.input, task.metadata):
         if isinstance(place, Mapping) and name in place:
-            return place[name]
+            value = place[name]
+            return value if type(value) is str and value else _as_key(value, f"field {name!r}")
     raise ConfigurationError(f"the key of task {task.id} needs the field {name!r} in its input or metadata", field=name)
 
 

@@ -33,7 +33,7 @@ MOST_MARKS = 100_000
 MARK_WAIT = 0.002
 """Most seconds that a cancel waits for the millisecond of its mark to pass."""
 
-_MESSAGE_ID = re.compile(r"[0-3]:(\d{1,20})-(\d{1,20})")
+_MESSAGE_ID = re.compile(r"[0-7]:(\d{1,20})-(\d{1,20})")
 
 
 class CancelMarks:
@@ -132,7 +132,10 @@ class Canceller:
 
     def _call(self, task_id: str, message_id: str | None, record: bytes) -> Call:
         keys = self._keys
-        names = (*keys.lanes, keys.delayed, keys.bodies, *keys.dedup, keys.counters, keys.cancels, keys.result(task_id))
+        names = (
+            *(*keys.streams, keys.delayed, keys.bodies, *keys.dedup, keys.counters, keys.cancels),
+            keys.result(task_id),
+        )
         where = message_id if message_id is not None and _is_entry(message_id) else ""
         args = (task_id, frame_ident(task_id), where, self._group, record, self._ttl_ms, MARK_TTL_MS, MOST_MARKS)
         return Call(script("cancel"), names, args)

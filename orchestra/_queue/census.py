@@ -27,18 +27,18 @@ class Census:
 
     async def depth(self) -> int:
         """The number of live tasks: waiting, in flight and delayed. One round trip."""
-        lengths = [("XLEN", lane) for lane in self._keys.lanes]
+        lengths = [("XLEN", key) for key in self._keys.streams]
         return sum(await self._ask([*lengths, ("ZCARD", self._keys.delayed)]))
 
     async def stats(self) -> QueueStats:
         """How many tasks are where, and the counters; one round trip, one moment (MULTI)."""
         keys = self._keys
-        lanes = [command for lane in keys.lanes for command in (("XLEN", lane), ("XPENDING", lane, self._group))]
+        streams = [command for key in keys.streams for command in (("XLEN", key), ("XPENDING", key, self._group))]
         rest = [("ZCARD", keys.delayed), ("XLEN", keys.dlq), ("ZCARD", keys.consumers), ("HGETALL", keys.counters)]
-        replies = await self._at_once([*lanes, *rest])
-        lengths = replies[0 : 2 * LANES : 2]
-        pending = [reply[0] if isinstance(reply, list) else 0 for reply in replies[1 : 2 * LANES : 2]]
-        delayed, dead, consumers, flat = replies[2 * LANES :]
+        replies = await self._at_once([*streams, *rest])
+        counted, (delayed, dead, consumers, flat) = replies[: len(streams)], replies[len(streams) :]
+        held = [reply[0] if isinstance(reply, list) else 0 for reply in counted[1::2]]
+        lengths, pending = _by_lane(counted[::2]), _by_lane(held)
         names = [name.decode() for name in flat[::2]]
         counters = {name: int(value) for name, value in zip(names, flat[1::2], strict=True) if ":" not in name}
         return QueueStats(
@@ -65,3 +65,8 @@ class Census:
             if isinstance(reply, ReplyError) and reply_code(reply) != "NOGROUP":  # no group yet: nothing in flight
                 raise reply_error(reply, link.manager.address.safe) from reply
         return replies
+
+
+def _by_lane(numbers: Sequence[int]) -> list[int]:
+    """Of each lane the sum of its two streams."""
+    return [sum(numbers[lane::LANES]) for lane in range(LANES)]

@@ -17,10 +17,9 @@ from orchestra._keys import QueueKeys
 from orchestra._redis.link import Link
 from orchestra._redis.wire import Command, ReplyError, pack, reply_code, reply_error
 from orchestra._scripts import Arg, script
-from orchestra.tasks import LANES
 
 PAGE = 500
-"""Pending rows of one lane that one look asks for."""
+"""Pending rows of one stream that one look asks for."""
 PAGES = 20
 """Pages that one call looks at; the next call goes on."""
 SOON = 1.0
@@ -28,7 +27,7 @@ SOON = 1.0
 
 
 class Ghosts:
-    """The lost deliveries of one consumer; ``held`` are per lane those that were received."""
+    """The lost deliveries of one consumer; ``held`` are per stream those that were received."""
 
     def __init__(
         self,
@@ -67,40 +66,40 @@ class Ghosts:
 
         Raises:
             StoreError: what was under way is a ghost still, and the look is repeated at the next call.
-        Cost: one round trip for 500 pending entries of a lane, and one more where there are ghosts.
+        Cost: one round trip for 500 pending entries of a stream, and one more where there are ghosts.
         """
         taken: list[Delivery] = []
         lost: list[str] = []
-        lane, after = self._page or (0, b"-")
+        number, after = self._page or (0, b"-")
         for _ in range(PAGES):
-            if lane == LANES or len(taken) >= room:
+            if number == len(self._keys.streams) or len(taken) >= room:
                 break
-            ghosts, after = await self._page_of(lane, after, room - len(taken))
+            ghosts, after = await self._page_of(number, after, room - len(taken))
             if ghosts:
-                rows, gone = await self._claim(lane, ghosts)
+                rows, gone = await self._claim(number, ghosts)
                 taken += rows
                 lost += gone
             if not after:
-                lane, after = lane + 1, b"-"
-        self._page = (lane, after)
-        if lane == LANES:
+                number, after = number + 1, b"-"
+        self._page = (number, after)
+        if number == len(self._keys.streams):
             now, self._page = time.monotonic(), None
             self.looks = [at for at in self.looks if at > now]
         if taken:
             telemetry.emit("queue.ghosts", {"count": len(taken)}, {"queue": self._queue, "consumer": self._consumer})
         return taken, lost
 
-    async def _page_of(self, lane: int, after: bytes, room: int) -> tuple[list[tuple[bytes, int]], bytes]:
+    async def _page_of(self, number: int, after: bytes, room: int) -> tuple[list[tuple[bytes, int]], bytes]:
         """Up to ``room`` ghosts (entry, deliveries) behind ``after``, and where to go on: b"" when all was seen."""
         link = await self._link()
-        command: Command = ("XPENDING", self._keys.lanes[lane], self._group, after, "+", PAGE, self._consumer)
+        command: Command = ("XPENDING", self._keys.streams[number], self._group, after, "+", PAGE, self._consumer)
         (rows,) = await link.send(pack((command,)), 1)
         if isinstance(rows, ReplyError):
             if reply_code(rows) == "NOGROUP":
                 return [], b""
             raise reply_error(rows, link.manager.address.safe) from rows
         youth = (time.monotonic() - self._born) * 1000  # what is older was pending for this name before we had it
-        held = self._held[lane]
+        held = self._held[number]
         ghosts: list[tuple[bytes, int]] = []
         for entry, _, idle, count in rows:
             if entry not in held and idle <= youth:
@@ -110,11 +109,11 @@ class Ghosts:
             after = b"(" + entry
         return ghosts, after if len(rows) == PAGE else b""
 
-    async def _claim(self, lane: int, ghosts: Sequence[tuple[bytes, int]]) -> tuple[list[Delivery], list[str]]:
+    async def _claim(self, number: int, ghosts: Sequence[tuple[bytes, int]]) -> tuple[list[Delivery], list[str]]:
         link = await self._link()
         args: list[Arg] = [self._group, self._consumer]
         for ghost in ghosts:
             args += ghost
-        rows, gone = await link.script(script("reconcile"), (self._keys.lanes[lane], self._keys.counters), args)
-        taken = [Delivery(lane, entry, fields, self._consumer, int(count)) for entry, count, fields in rows]
-        return taken, [f"{lane}:{entry.decode()}" for entry in gone]
+        rows, gone = await link.script(script("reconcile"), (self._keys.streams[number], self._keys.counters), args)
+        taken = [Delivery(number, entry, fields, self._consumer, int(count)) for entry, count, fields in rows]
+        return taken, [f"{number}:{entry.decode()}" for entry in gone]

@@ -2,7 +2,7 @@
 
 Owns the knowledge of what the group was made on (which server, which streams), so that a restart without persistence, a
 FLUSHALL or an XGROUP DESTROY is told apart from a first start. Refuses to own what follows for deliveries that are
-held: ``on_gone(lanes)`` is told. One event loop.
+held: ``on_gone(streams)`` is told. One event loop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger("orchestra.queue")
 
 
 class StreamGroup:
-    """The one group of one queue; ``on_gone(lanes)`` returns how many deliveries it gave up."""
+    """The one group of one queue; ``on_gone(streams)`` returns how many deliveries it gave up."""
 
     def __init__(
         self,
@@ -90,14 +90,14 @@ class StreamGroup:
         return making
 
     async def _make(self) -> bool:
-        lanes = self._keys.lanes
-        commands: list[Command] = [("EXISTS", lane) for lane in lanes]
-        commands += [("XGROUP", "CREATE", lane, self._group, "0", "MKSTREAM") for lane in lanes]
-        commands += [("XINFO", "GROUPS", lane) for lane in lanes]
+        streams = self._keys.streams
+        commands: list[Command] = [("EXISTS", key) for key in streams]
+        commands += [("XGROUP", "CREATE", key, self._group, "0", "MKSTREAM") for key in streams]
+        commands += [("XINFO", "GROUPS", key) for key in streams]
         commands.append(("INFO", "server", "replication"))
         link = await self._link()
         replies, _ = await link.patiently(lambda: link.send(pack(commands), len(commands)), self._patience)
-        existed, created, groups = (replies[n * LANES : (n + 1) * LANES] for n in range(3))
+        existed, created, groups = (replies[n * len(streams) : (n + 1) * len(streams)] for n in range(3))
         known = [self._names(rows) for rows in groups]
         for reply, names in zip(created, known, strict=True):
             # Redis refuses for lack of memory, or of a permission, before it looks whether there is anything to make.
@@ -105,9 +105,9 @@ class StreamGroup:
                 raise reply_error(reply, link.manager.address.safe) from reply
         self._refuse_others(known)
         changed = self._is_another(replies[-1])
-        made = [lane for lane, reply in enumerate(created) if not isinstance(reply, ReplyError)]
+        made = [number for number, reply in enumerate(created) if not isinstance(reply, ReplyError)]
         if self._made and made:
-            self._tell_gone(made, [lane for lane in made if not existed[lane]], changed)
+            self._tell_gone(made, [number for number in made if not existed[number]], changed)
         self._made = self.ready = True
         return changed
 
@@ -135,7 +135,8 @@ class StreamGroup:
 
     def _tell_gone(self, made: list[int], vanished: list[int], restarted: bool) -> None:
         held = self._on_gone(made)
-        for lane in made:
+        lanes, vanished = (sorted({number % LANES for number in numbers}) for numbers in (made, vanished))
+        for lane in lanes:
             telemetry.emit("queue.group_recreated", {}, {"queue": self._queue, "lane": lane})
         if vanished or restarted:
             facts = {"queue": self._queue, "lanes": vanished, "restarted": restarted}
@@ -147,4 +148,4 @@ class StreamGroup:
                 held,
             )
         else:
-            logger.warning("queue %s: the group was gone in lanes %s and was made again", self._queue, made)
+            logger.warning("queue %s: the group was gone in lanes %s and was made again", self._queue, lanes)

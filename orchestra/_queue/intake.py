@@ -74,7 +74,7 @@ class Intake:
         self._lease = lease
         self._max_stall = max_stall
         self.group = StreamGroup(queue, keys, group, commands, patience, self._gone)
-        self.held: tuple[dict[bytes, Delivery], ...] = tuple({} for _ in range(LANES))
+        self.held: tuple[dict[bytes, Delivery], ...] = tuple({} for _ in keys.streams)
         self._consumers: dict[str, _Consumer] = {}
         self._keepers: dict[str, LeaseKeeper] = {}
         self._taking = asyncio.Lock()
@@ -116,7 +116,7 @@ class Intake:
             found = await mine.reader.read(count, block_ms, exact=exact)
             held = self.held
             for delivery in found:
-                held[delivery.lane][delivery.entry] = delivery
+                held[delivery.stream][delivery.entry] = delivery
         except GroupMissingError as error:
             logger.warning("queue %s: %s", self._queue, error)
             self._upkeep.stay_quiet("server_changed" if await self.group.verify() else "")
@@ -138,8 +138,8 @@ class Intake:
                 self._hold(found)
             finally:
                 self._taking_since = math.inf
-        for lane in {int(message_id[0]) for message_id in lost}:
-            gone = [message_id for message_id in lost if int(message_id[0]) == lane]
+        for lane in {int(message_id[0]) % LANES for message_id in lost}:
+            gone = [message_id for message_id in lost if int(message_id[0]) % LANES == lane]
             self._upkeep.tell_lost(lane, gone, len(gone))
         return found
 
@@ -211,19 +211,19 @@ class Intake:
 
     def _hold(self, deliveries: Iterable[Delivery]) -> None:
         for delivery in deliveries:
-            self.held[delivery.lane][delivery.entry] = delivery
+            self.held[delivery.stream][delivery.entry] = delivery
 
     def drop(self, consumer: str, deliveries: Iterable[Delivery]) -> None:
         """Hold no longer what no caller will hear of; the next read of ``consumer`` finds it."""
         for delivery in deliveries:
-            if self.held[delivery.lane].get(delivery.entry) is delivery:
-                del self.held[delivery.lane][delivery.entry]
+            if self.held[delivery.stream].get(delivery.entry) is delivery:
+                del self.held[delivery.stream][delivery.entry]
         if consumer in self._consumers:
             self._consumers[consumer].ghosts.suspect()
 
-    def _gone(self, lanes: Sequence[int]) -> int:
-        """The group of these lanes was taken away: nobody holds anything there any more."""
-        given_up = [delivery for lane in lanes for delivery in self.held[lane].values() if not delivery.lost]
+    def _gone(self, streams: Sequence[int]) -> int:
+        """The group of these streams was taken away: nobody holds anything there any more."""
+        given_up = [delivery for number in streams for delivery in self.held[number].values() if not delivery.lost]
         for delivery in given_up:
             keeper = self._keepers.get(delivery.consumer)
             if keeper is not None:

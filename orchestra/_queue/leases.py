@@ -32,6 +32,7 @@ from orchestra._queue.stall import STALL_AFTER, LoopWatch, stack_of
 from orchestra._redis.errors import reply_code
 from orchestra._scripts import forgotten, script
 from orchestra.connections import map_redis_error
+from orchestra.tasks import LANES
 
 if TYPE_CHECKING:
     from orchestra.connections import ConnectionManager
@@ -176,7 +177,7 @@ class LeaseKeeper(AbstractAsyncContextManager[None]):
     def lose(self, deliveries: Sequence[Delivery]) -> None:
         """They are lost, whatever their leases say. In the event loop's thread."""
         for delivery in deliveries:
-            if self._of.held[delivery.lane].get(delivery.entry) is delivery and not delivery.lost:
+            if self._of.held[delivery.stream].get(delivery.entry) is delivery and not delivery.lost:
                 delivery.lost = True
                 self._on_lost(delivery)
 
@@ -285,12 +286,12 @@ class LeaseKeeper(AbstractAsyncContextManager[None]):
             left = self._book.deadline() - time.monotonic()
             self._client = self._manager.sync_client(max(SHORTEST_TIMEOUT, min(self._timeout, left)))
         count = 0
-        for lane, key in enumerate(self._of.keys.lanes):
-            mine = [delivery for delivery in due if delivery.lane == lane]
+        for number, key in enumerate(self._of.keys.streams):
+            mine = [delivery for delivery in due if delivery.stream == number]
             for start in range(0, len(mine), CHUNK):
                 chunk = mine[start : start + CHUNK]
                 began = time.monotonic()
-                gone = self._renew_chunk(lane, key, chunk)
+                gone = self._renew_chunk(number, key, chunk)
                 lost = [delivery for delivery in chunk if delivery.entry in gone]
                 self._book.renewed((delivery for delivery in chunk if delivery.entry not in gone), began)
                 self._book.drop(lost)
@@ -298,7 +299,7 @@ class LeaseKeeper(AbstractAsyncContextManager[None]):
                 count += len(lost)
         telemetry.emit("lease.renewed", {"count": len(due), "lost": count}, {"queue": self._of.queue})
 
-    def _renew_chunk(self, lane: int, key: str, chunk: list[Delivery]) -> set[bytes]:
+    def _renew_chunk(self, number: int, key: str, chunk: list[Delivery]) -> set[bytes]:
         """The entries of ``chunk`` that are no longer ours."""
         args: list[Any] = [self._of.group, self._of.consumer]
         for delivery in chunk:
@@ -309,9 +310,9 @@ class LeaseKeeper(AbstractAsyncContextManager[None]):
             if reply_code(error) != "NOGROUP":
                 raise
             return {delivery.entry for delivery in chunk}
-        deleted = [f"{lane}:{entry[1:].decode()}" for entry in answer if entry.startswith(b"!")]
+        deleted = [f"{number}:{entry[1:].decode()}" for entry in answer if entry.startswith(b"!")]
         if deleted:
-            facts = {"queue": self._of.queue, "lane": lane, "message_ids": deleted}
+            facts = {"queue": self._of.queue, "lane": number % LANES, "message_ids": deleted}
             telemetry.emit("queue.lost", {"count": len(deleted)}, facts)
             logger.error("queue %s: %d tasks were deleted by somebody else: %s", self._of.queue, len(deleted), deleted)
         return {entry.removeprefix(b"!") for entry in answer}

@@ -115,7 +115,7 @@ class StreamProducer:
         self._patience = patience
         self._keys: tuple[str, ...] = (
             *(*keys.lanes, keys.delayed, keys.bodies, *keys.dedup, *keys.tokens, keys.counters),
-            *((keys.dlq,) if max_dead else ()),
+            *((keys.dlq, *keys.fronts) if max_dead or max_length else ()),
         )
         self._durability = Durability.parse(durability)
         self._durable: DurableSender | None = None
@@ -123,15 +123,39 @@ class StreamProducer:
         self._outbox: list[tuple[EncodedTask, asyncio.Future[str]]] = []
         self._sending: set[asyncio.Task[None]] = set()
         self._script = script("produce")
+        self._posted: asyncio.Future[None] | None = None
+        """Done when the task has been answered that was sent at once."""
 
     async def post(self, task: EncodedTask) -> str:
-        """Send one task together with all others posted in this iteration of the loop; returns its message id."""
+        """Send one task; returns its message id.
+
+        The first goes at once; those posted while it is under way wait for the end of this iteration of the loop, and
+        travel together.
+        """
         loop = asyncio.get_running_loop()
+        if not (self._posted or self._outbox or self._durability.wanted):
+            posted = self._posted = loop.create_future()
+            try:
+                return await self._post_at_once(task)
+            finally:
+                self._posted = None
+                posted.set_result(None)
         future: asyncio.Future[str] = loop.create_future()
         self._outbox.append((task, future))
         if len(self._outbox) == 1:
             loop.call_soon(self._flush)
         return await future
+
+    async def _post_at_once(self, task: EncodedTask) -> str:
+        link, began = await self._link(), time.monotonic()
+        chunk, ids = (task,), list[str]()
+        args = self._args(chunk, _token(own_ids=task.own_id))
+        try:
+            reply = await link.script(self._script, self._keys, args, self._patience_for(link))
+        except StoreError as error:
+            raise self._explain(error, 1) from error
+        self._tell_produced(1, self._read(reply, chunk, ids), began)
+        return ids[0]
 
     async def send(self, tasks: list[EncodedTask]) -> list[str]:
         """Send tasks; returns their message ids in order. See :class:`~orchestra.task_queue.RedisStreamTaskQueue`."""
@@ -152,8 +176,9 @@ class StreamProducer:
 
     async def settled(self) -> None:
         """Wait until everything that was posted has been answered."""
-        while self._sending:
-            await asyncio.gather(*self._sending, return_exceptions=True)
+        while self._posted or self._outbox or self._sending:
+            self._flush()
+            await asyncio.wait([*self._sending, *((self._posted,) if self._posted else ())])
             await asyncio.sleep(0)  # their done callbacks, which take them out of the set, run in this turn
 
     async def close(self) -> None:
@@ -165,6 +190,8 @@ class StreamProducer:
 
     def _flush(self) -> None:
         outbox, self._outbox = self._outbox, []
+        if not outbox:
+            return
         task = asyncio.get_running_loop().create_task(self._send_outbox(outbox))
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
@@ -195,7 +222,7 @@ class StreamProducer:
         window: deque[tuple[list[EncodedTask], asyncio.Task[Any]]] = deque()
         try:
             for chunk in _chunks(tasks):
-                args = self._args(chunk, "" if own_ids else f"{_process}{next(_serial):x}")
+                args = self._args(chunk, _token(own_ids=own_ids))
                 if durable:
                     sending = self._safely(link, args, patience, tally)
                 else:
@@ -209,10 +236,13 @@ class StreamProducer:
         finally:
             for _, pending in window:
                 pending.cancel()
-        if telemetry.wanted("queue.produced"):
-            facts = {"count": len(tasks), "duplicates": repeats, "duration_s": time.monotonic() - began}
-            telemetry.emit("queue.produced", facts, {"queue": self._queue})
+        self._tell_produced(len(tasks), repeats, began)
         return ids
+
+    def _tell_produced(self, count: int, repeats: int, began: float) -> None:
+        if telemetry.wanted("queue.produced"):
+            facts = {"count": count, "duplicates": repeats, "duration_s": time.monotonic() - began}
+            telemetry.emit("queue.produced", facts, {"queue": self._queue})
 
     async def _safely(self, link: Link, args: list[Arg], patience: float, tally: _Tally) -> Any:
         """Run the script over the connection that waits for durability; ``tally`` learns how far it came.
@@ -243,6 +273,11 @@ class StreamProducer:
         except StoreError as error:
             raise self._explain(error, len(chunk)) from error
         window.popleft()
+        return self._read(reply, chunk, ids)
+
+    @staticmethod
+    def _read(reply: list[bytes], chunk: Sequence[EncodedTask], ids: list[str]) -> int:
+        """Append the message ids that the script answered for ``chunk``; returns how many were repeats."""
         if reply and reply[0] == b"!":
             reply = _expand(reply[1].decode().split(), chunk)
         repeats = 0
@@ -314,6 +349,11 @@ class StreamProducer:
             mode=durability.mode,
             why=why,
         )
+
+
+def _token(*, own_ids: bool) -> str:
+    """What the script knows a repeat of one call by; own ids are known by themselves."""
+    return "" if own_ids else f"{_process}{next(_serial):x}"
 
 
 def _chunks(tasks: list[EncodedTask]) -> Iterator[list[EncodedTask]]:

@@ -1,7 +1,10 @@
 """Reads deliveries for one consumer, most urgent lane first, on a connection of its own.
 
+A lane is two streams: what was there before and comes back stands in the one before it, and is read first. It is mostly
+empty, and travels in the same commands, so that it costs a plain task nothing.
+
 Three commands, chosen by what the last read found: a script that respects lane order exactly, for small counts; a
-pipeline of two XREADGROUPs for large ones; and one blocking XREADGROUP over all lanes when there was nothing.
+pipeline of two XREADGROUPs for large ones; and one blocking XREADGROUP over all streams when there was nothing.
 What is asked for together never exceeds the count, so nothing has to be put back (but see ``surplus``).
 """
 
@@ -21,13 +24,19 @@ from orchestra.tasks import LANES
 EXACT_BELOW = 16
 """Counts below it go through the script: its cost per entry no longer matters, its order does."""
 BLOCKED_COUNT = 32
-"""Entries per lane that a blocking read may bring: enough to notice a flood, few enough to keep lane order."""
+"""Entries per stream that a blocking read may bring: enough to notice a flood, few enough to keep lane order."""
 LOWER_SHARE_EVERY = 16
 """Every so many reads the lanes below the busy one get a share, so that none starves."""
 BLOCK_MARGIN = 5.0
 """Seconds a blocking read may take beyond its block before its connection counts as broken; never more than the
 manager's ``timeout``."""
 
+
+ORDER = tuple(number for lane in range(LANES) for number in (lane + LANES, lane))
+"""The streams, most urgent first."""
+LAST = len(ORDER) - 1
+PROBES = 32
+"""Of a large read, one part in so many is asked of each stream above the busy one."""
 
 _SHAPELESS = (TypeError, ValueError, LookupError, AttributeError)
 
@@ -47,10 +56,14 @@ class StreamReader:
         self._client_id: int | None = None
         self._identified: Wire | None = None
         self._blocked = False
-        self._by_key = {key.encode(): lane for lane, key in enumerate(keys.lanes)}
-        self._busy = LANES - 1
+        self._by_key = {keys.streams[number].encode(): place for place, number in enumerate(ORDER)}
+        self._busy = LAST
         self._flooded = False
         self._reads = 0
+        self._fronts = 0
+        """Reads in a row that brought only what stands before its lane."""
+        self._kept_out = 0
+        """The lane that has to wait for that."""
         self._rank = 0
         self._take = script("take")
 
@@ -59,8 +72,7 @@ class StreamReader:
 
         ``exact``: nothing less urgent while something more urgent waits, whatever it costs.
 
-        A ``count`` below the number of lanes may bring a few more after a block, when several lanes fill in the same
-        moment; the caller gives those back.
+        A ``count`` below the number of streams may bring a few more after a block, when several fill in the same moment; the caller gives those back.
 
         Raises:
             GroupMissingError: nothing can be read until the groups exist.
@@ -77,46 +89,63 @@ class StreamReader:
         return found
 
     def _favoured(self) -> int | None:
-        """The lane whose turn it is: each of the lower ones about once in :data:`LOWER_SHARE_EVERY` reads."""
+        """The stream whose turn it is: of each lower lane about once in :data:`LOWER_SHARE_EVERY` reads.
+
+        And a lane itself as often, where all that is read stands before it: what comes back again and again must not
+        keep it out for ever.
+        """
         self._reads += 1
+        if self._fronts >= LOWER_SHARE_EVERY:
+            self._fronts = 0
+            return self._kept_out
         turn, rest = divmod(self._reads, LOWER_SHARE_EVERY // (LANES - 1))
-        return 1 + turn % (LANES - 1) if rest == 0 else None
+        return LANES + 1 + turn % (LANES - 1) if rest == 0 else None
 
     async def _read_exactly(self, count: int, favoured: int | None) -> list[Delivery]:
         args = (self._group, self.consumer, count, "" if favoured is None else favoured)
-        reply = (await self.link.run((Call(self._take, self._keys.lanes, args),)))[0]
+        reply = (await self.link.run((Call(self._take, self._keys.streams, args),)))[0]
         _check(reply, self.link)
         try:
-            return [delivery for lane, entries in reply for delivery in self._deliveries(lane, entries)]
+            fronts = [number - LANES for number, _ in reply if number >= LANES]
+            if fronts and len(fronts) == len(reply):
+                self._fronts, self._kept_out = self._fronts + 1, fronts[0]
+            else:
+                self._fronts = 0
+            return [delivery for number, entries in reply for delivery in self._deliveries(number, entries)]
         except _SHAPELESS as error:
             raise _foreign(error, self.link) from error
 
     async def _read_split(self, count: int) -> list[Delivery]:
-        """Most of ``count`` from the busy lane, a probe of each lane above it."""
+        """Most of ``count`` from the busy stream, a probe of each above it. Streams are told by their place in the order."""
         self._reads += 1
         busy = self._busy
-        probe = max(1, count // 16)
-        share = self._reads % LOWER_SHARE_EVERY == 0 and busy < LANES - 1
-        lower = range(busy + 1, LANES) if share else range(0)
-        most = count - probe * (busy + len(lower))
+        probe = max(1, count // PROBES)
+        share = self._reads % LOWER_SHARE_EVERY == 0 and busy < LAST
+        lower = range(busy + 1, LAST + 1) if share else range(0)
+        behind = max(1, count // 4) if ORDER[busy] >= LANES else 0  # what comes back again and again keeps no lane out
+        most = count - probe * (busy + len(lower)) - behind
         asked = dict.fromkeys(range(busy), probe) | {busy: most} | dict.fromkeys(lower, probe)
         commands = [self._command(probe, range(busy))] if busy else []
         commands.append(self._command(most, (busy,)))
-        if share:
+        if behind:
+            asked[busy + 1] = behind
+            commands.append(self._command(behind, (busy + 1,)))
+            lower = lower[1:]
+        if lower:
             commands.append(self._command(probe, lower))
         found = self._collect(await self.link.send(pack(commands), len(commands), shared=False))
         self._aim(found, asked)
-        return [delivery for lane in sorted(found) for delivery in found[lane]]
+        return [delivery for place in sorted(found) for delivery in found[place]]
 
     def _aim(self, found: dict[int, list[Delivery]], asked: dict[int, int]) -> None:
-        """The busy lane is the most urgent one that gave all it was asked for; none: one below the present one."""
-        full = [lane for lane, wanted in asked.items() if len(found.get(lane, ())) >= wanted]
-        self._busy = min(full) if full else min(self._busy + 1, LANES - 1)
+        """The busy stream is the most urgent one that gave all it was asked for; none: one below the present one."""
+        full = [place for place, wanted in asked.items() if len(found.get(place, ())) >= wanted]
+        self._busy = min(full) if full else min(self._busy + 1, LAST)
         self._flooded = bool(found)
 
     async def _read_blocking(self, count: int, block_ms: int) -> list[Delivery]:
-        each = max(1, min(count // LANES, BLOCKED_COUNT))
-        command = self._command(each, range(LANES), block_ms)
+        each = max(1, min(count // len(ORDER), BLOCKED_COUNT))
+        command = self._command(each, range(len(ORDER)), block_ms)
         await self._identify()
         self._blocked = True
         try:
@@ -126,12 +155,12 @@ class StreamReader:
             self._blocked = False
         self._flooded = any(len(entries) >= each for entries in found.values())
         if self._flooded:
-            self._busy = min(lane for lane, entries in found.items() if len(entries) >= each)
-        return [delivery for lane in sorted(found) for delivery in found[lane]]
+            self._busy = min(place for place, entries in found.items() if len(entries) >= each)
+        return [delivery for place in sorted(found) for delivery in found[place]]
 
-    def _command(self, count: int, lanes: Sequence[int], block_ms: int = 0) -> tuple[Any, ...]:
+    def _command(self, count: int, places: Sequence[int], block_ms: int = 0) -> tuple[Any, ...]:
         block = ("BLOCK", block_ms) if block_ms else ()
-        streams = [self._keys.lanes[lane] for lane in lanes]
+        streams = [self._keys.streams[ORDER[place]] for place in places]
         head = ("XREADGROUP", "GROUP", self._group, self.consumer, "COUNT", count, *block, "STREAMS")
         return (*head, *streams, *(b">" for _ in streams))
 
@@ -141,16 +170,16 @@ class StreamReader:
             _check(reply, self.link)
             try:
                 for key, entries in reply or ():
-                    lane = self._by_key[key]
-                    found[lane] = self._deliveries(lane, entries)
+                    place = self._by_key[key]
+                    found[place] = self._deliveries(ORDER[place], entries)
             except _SHAPELESS as error:
                 raise _foreign(error, self.link) from error
         return found
 
-    def _deliveries(self, lane: int, entries: list[Any]) -> list[Delivery]:
+    def _deliveries(self, number: int, entries: list[Any]) -> list[Delivery]:
         consumer, rank = self.consumer, self._rank
         self._rank = rank + len(entries)
-        return [Delivery(lane, entry, fields, consumer, 1, rank + i) for i, (entry, fields) in enumerate(entries)]
+        return [Delivery(number, entry, fields, consumer, 1, rank + i) for i, (entry, fields) in enumerate(entries)]
 
     async def _identify(self) -> None:
         """Learn the server's id of this connection, by which :meth:`wake` can be told apart from the others."""

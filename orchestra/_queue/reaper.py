@@ -20,7 +20,7 @@ DEAD_MS = 600_000
 MOST = 100
 """Names that one run forgets at most."""
 SCAN_CONSUMERS = 10_000
-"""A lane with more names than this is not searched: XINFO CONSUMERS cannot be paged, and would stop Redis for long."""
+"""A stream with more names than this is not searched: XINFO CONSUMERS cannot be paged, and would stop Redis for long."""
 
 
 class Reaper:
@@ -44,7 +44,7 @@ class Reaper:
         names = await self._silent(link, now_ms - self._old_ms)
         if not names:
             return 0
-        calls = [Call(script("retire"), (*self._keys.lanes, self._keys.consumers), (self._group, n)) for n in names]
+        calls = [Call(script("retire"), (*self._keys.streams, self._keys.consumers), (self._group, n)) for n in names]
         held = await link.run(calls)
         gone = sum(reply == 0 for reply in held)
         if gone:
@@ -56,16 +56,16 @@ class Reaper:
         commands: list[Command] = [
             ("ZRANGEBYSCORE", keys.consumers, "-inf", f"({before_ms}", "LIMIT", 0, MOST),
             ("ZCARD", keys.consumers),
-            *(("XINFO", "GROUPS", lane) for lane in keys.lanes),
+            *(("XINFO", "GROUPS", key) for key in keys.streams),
         ]
         names, known, *groups = await link.send(pack(commands), len(commands))
         if isinstance(names, ReplyError) or len(names) == MOST:
             return [] if isinstance(names, ReplyError) else names
-        searched = [lane for lane, rows in zip(keys.lanes, groups, strict=True) if self._crowd(rows) > known]
+        searched = [key for key, rows in zip(keys.streams, groups, strict=True) if self._crowd(rows) > known]
         return [*names, *await self._strangers(link, searched, MOST - len(names))]
 
     def _crowd(self, groups: Any) -> int:
-        """How many names the group has in a lane; 0 where they are too many to be searched."""
+        """How many names the group has in a stream; 0 where they are too many to be searched."""
         for row in [] if isinstance(groups, ReplyError) else groups:
             facts = _pairs(row)
             if facts[b"name"] == self._group.encode():
@@ -73,14 +73,14 @@ class Reaper:
                 return count if count <= SCAN_CONSUMERS else 0
         return 0
 
-    async def _strangers(self, link: Link, lanes: Sequence[str], most: int) -> list[bytes]:
+    async def _strangers(self, link: Link, streams: Sequence[str], most: int) -> list[bytes]:
         """Names in the group that no tick has told of: of consumers that only read, or that came back too late."""
-        if not lanes:
+        if not streams:
             return []
-        replies = await link.send(pack([("XINFO", "CONSUMERS", lane, self._group) for lane in lanes]), len(lanes))
+        replies = await link.send(pack([("XINFO", "CONSUMERS", key, self._group) for key in streams]), len(streams))
         rows = [_pairs(row) for reply in replies if not isinstance(reply, ReplyError) for row in reply]
         idle: dict[bytes, int] = {}
-        for row in rows:  # one that is busy in another lane is alive; pending entries are taken over first
+        for row in rows:  # one that is busy in another stream is alive; pending entries are taken over first
             age = -1 if row[b"pending"] else row[b"idle"]
             idle[row[b"name"]] = min(age, idle.get(row[b"name"], age))
         silent = [name for name, age in idle.items() if age > self._old_ms]

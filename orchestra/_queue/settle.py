@@ -1,6 +1,6 @@
 """Turns verdicts into script calls. Pure: no I/O, no state; :mod:`orchestra._queue.settler` sends them.
 
-Deliveries of one lane and one kind of verdict travel in one script call, and all calls of a batch in one round trip.
+Deliveries of one stream and one kind of verdict travel in one script call, and all calls of a batch in one round trip.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from orchestra._redis.link import Call
 from orchestra._scripts import Arg, script
 from orchestra.errors import CorruptEntryError, InvalidTaskError
 from orchestra.serialization import dumps
+from orchestra.tasks import LANES
 
 RANGE_WORTH = 4
 """One range check is used while it reads at most so many pending rows for each id it saves looking up."""
@@ -62,7 +63,7 @@ class SettlePlanner:
         plain: dict[tuple[int, str], list[Delivery]] = {}
         rest: dict[tuple[int, str, type], list[tuple[Delivery, Any]]] = {}
         for delivery, verdict in batch:
-            key = (delivery.lane, delivery.consumer)
+            key = (delivery.stream, delivery.consumer)
             if verdict is DONE:
                 plain.setdefault(key, []).append(delivery)
                 continue
@@ -71,14 +72,14 @@ class SettlePlanner:
                 plain.setdefault(key, []).append(delivery)
             else:
                 rest.setdefault((*key, type(final)), []).append((delivery, final))
-        calls = [self._plain(lane, consumer, group, held[lane]) for (lane, consumer), group in plain.items()]
+        calls = [self._plain(number, consumer, group, held[number]) for (number, consumer), group in plain.items()]
         planners: dict[type, Callable[..., Settling]] = {
             Complete: self._with_result,
             Again: self._again,
             Bury: self._bury,
             Cancel: self._cancel,
         }
-        calls += [planners[kind](lane, consumer, group) for (lane, consumer, kind), group in rest.items()]
+        calls += [planners[kind](number, consumer, group) for (number, consumer, kind), group in rest.items()]
         return calls
 
     def _as_sendable(self, delivery: Delivery, verdict: Verdict) -> Verdict:
@@ -99,7 +100,7 @@ class SettlePlanner:
             return Bury("bad_result", delivery.attempt, info)
         return verdict
 
-    def _plain(self, lane: int, consumer: str, group: list[Delivery], held: int) -> Settling:
+    def _plain(self, number: int, consumer: str, group: list[Delivery], held: int) -> Settling:
         first = [d for d in group if d.deliveries == 1]
         again = [d for d in group if d.deliveries != 1]
         room = held if first and held <= RANGE_WORTH * len(first) else 0
@@ -110,10 +111,10 @@ class SettlePlanner:
         args += [d.entry for d in first]
         for delivery in again:
             args += (delivery.entry, delivery.deliveries)
-        return Settling(Call(self._complete, (self._keys.lanes[lane], self._keys.counters), args), [*first, *again])
+        return Settling(Call(self._complete, (self._keys.streams[number], self._keys.counters), args), [*first, *again])
 
-    def _with_result(self, lane: int, consumer: str, group: list[tuple[Delivery, Complete]]) -> Settling:
-        keys = [self._keys.lanes[lane], self._keys.counters]
+    def _with_result(self, number: int, consumer: str, group: list[tuple[Delivery, Complete]]) -> Settling:
+        keys = [self._keys.streams[number], self._keys.counters]
         args: list[Arg] = [self._group, consumer]
         for delivery, verdict in group:
             header = delivery.header
@@ -122,17 +123,20 @@ class SettlePlanner:
             args += (delivery.entry, delivery.deliveries, self._ttl_ms, record, self._channel(header.reply))
         return Settling(Call(self._complete_result, keys, args), [d for d, _ in group])
 
-    def _again(self, lane: int, consumer: str, group: list[tuple[Delivery, Again]]) -> Settling:
-        names = self._keys
-        keys = (names.lanes[lane], names.delayed, names.bodies, names.counters, names.cancels)
+    def _again(self, number: int, consumer: str, group: list[tuple[Delivery, Again]]) -> Settling:
+        names, lane = self._keys, number % LANES
+        keys = (
+            *(names.streams[number], names.delayed, names.bodies, names.counters, names.cancels),
+            *(names.lanes[lane], names.fronts[lane]),
+        )
         args: list[Arg] = [self._group, consumer, lane]
         for delivery, verdict in group:
             delay_ms = max(0, math.ceil(verdict.left() * 1000))
             args += (delivery.entry, delivery.deliveries, delivery.header.id, delay_ms, verdict.counter)
         return Settling(Call(self._retry, keys, args), [d for d, _ in group])
 
-    def _cancel(self, lane: int, consumer: str, group: list[tuple[Delivery, Cancel]]) -> Settling:
-        keys = [self._keys.lanes[lane], self._keys.counters, self._keys.cancels]
+    def _cancel(self, number: int, consumer: str, group: list[tuple[Delivery, Cancel]]) -> Settling:
+        keys = [self._keys.streams[number], self._keys.counters, self._keys.cancels]
         args: list[Arg] = [self._group, consumer, self._ttl_ms]
         for delivery, _ in group:
             header = delivery.header
@@ -141,9 +145,9 @@ class SettlePlanner:
             args += (delivery.entry, delivery.deliveries, header.id, record, self._channel(header.reply))
         return Settling(Call(self._cancelled, keys, args), [d for d, _ in group])
 
-    def _bury(self, lane: int, consumer: str, group: list[tuple[Delivery, Bury]]) -> Settling:
-        keys = [self._keys.lanes[lane], self._keys.dlq, self._keys.counters]
-        args: list[Arg] = [self._group, consumer, lane]
+    def _bury(self, number: int, consumer: str, group: list[tuple[Delivery, Bury]]) -> Settling:
+        keys = [self._keys.streams[number], self._keys.dlq, self._keys.counters]
+        args: list[Arg] = [self._group, consumer, number % LANES]
         for delivery, verdict in group:
             ttl, record, channel, key = 0, b"", "", self._keys.dlq
             try:

@@ -41,7 +41,7 @@ class _Work:
 
 
 class Settler:
-    """Settles what one queue object has read. ``held[lane]`` maps entry ids to deliveries; what has ended leaves it."""
+    """Settles what one queue object has read. ``held[stream]`` maps entry ids to deliveries; what has ended leaves it."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class Settler:
         """The deliveries of a call have ended, but for the ids ``gone``: STALE, or marked as cancelled."""
         work.answered.append(settling)
         deliveries = settling.deliveries
-        held = self._held[deliveries[0].lane]
+        held = self._held[deliveries[0].stream]
         if gone:
             deliveries = self._sort_out(settling, gone, work)
         for delivery in deliveries:

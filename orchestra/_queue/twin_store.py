@@ -40,12 +40,16 @@ COUNTERS = (
 
 
 class Entry(NamedTuple):
-    """A task where it waits: its frame, retries consumed, deliveries before this entry, and its generation."""
+    """A task where it waits: its frame, retries consumed, deliveries before this entry, and its generation.
+
+    ``front``: it was in its lane before, and goes before those that were not.
+    """
 
     frame: bytes
     retries: int = 0
     before: int = 0
     generation: int = 0
+    front: bool = False
 
     def fields(self) -> tuple[bytes, ...]:
         """As a stream entry's fields, the form in which a delivery takes them."""
@@ -69,8 +73,9 @@ class Held:
 
 @dataclass(slots=True)
 class Lane:
-    """One priority level. ``pending`` is ordered by ``since``: a reclaim may stop at the first fresh lease."""
+    """One priority level. ``front`` goes before ``waiting``; ``pending`` is ordered by ``since``: a reclaim may stop at the first fresh lease."""
 
+    front: deque[tuple[bytes, Entry]] = field(default_factory=deque)
     waiting: deque[tuple[bytes, Entry]] = field(default_factory=deque)
     pending: dict[bytes, Held] = field(default_factory=dict)
 
@@ -121,7 +126,7 @@ class MemoryStore:
     @property
     def depth(self) -> int:
         """Live tasks: waiting, in flight and delayed."""
-        return len(self.delayed) + sum(len(lane.waiting) + len(lane.pending) for lane in self.lanes)
+        return len(self.delayed) + sum(len(lane.front) + len(lane.waiting) + len(lane.pending) for lane in self.lanes)
 
     def new_id(self) -> tuple[int, int]:
         """The next entry id, as ``XADD *`` draws it: strictly increasing even when the wall clock goes back."""
@@ -133,7 +138,8 @@ class MemoryStore:
         """Append to a lane; returns the message id."""
         ms, number = self.new_id()
         ident = f"{ms}-{number}"
-        self.lanes[lane].waiting.append((ident.encode(), entry))
+        there = self.lanes[lane]
+        (there.front if entry.front else there.waiting).append((ident.encode(), entry))
         return f"{lane}:{ident}"
 
     # -- in: produce.lua, promote.lua
@@ -191,8 +197,8 @@ class MemoryStore:
         now = self.clock.monotonic()
         out: list[tuple[int, bytes, Held]] = []
         for number, lane in enumerate(self.lanes):
-            while lane.waiting and len(out) < count:
-                ident, entry = lane.waiting.popleft()
+            while (line := lane.front or lane.waiting) and len(out) < count:
+                ident, entry = line.popleft()
                 held = lane.pending[ident] = Held(entry, consumer, 1, now)
                 out.append((number, ident, held))
         return out
@@ -267,7 +273,9 @@ class MemoryStore:
         """Move a delivery to the delayed set, or straight back to its lane; True when it can be taken at once."""
         held = self.lanes[lane].pending.pop(ident)
         entry = held.entry._replace(
-            retries=held.entry.retries + (counter == "retried"), before=held.entry.before + held.deliveries
+            retries=held.entry.retries + (counter == "retried"),
+            before=held.entry.before + held.deliveries,
+            front=counter != "retried",
         )
         if delay > 0:
             self._delay(task_id, lane, entry, self.clock.monotonic() + delay)
@@ -296,9 +304,9 @@ class MemoryStore:
         in_flight = False
         for place in (message_id, self._known.get(task_id, ("", 0.0))[0]):
             number, _, entry = str(place).partition(":")
-            if number not in {"0", "1", "2", "3"}:
+            if len(number) != 1 or number not in "01234567":
                 continue
-            lane, name = self.lanes[int(number)], entry.encode()
+            lane, name = self.lanes[int(number) % LANES], entry.encode()
             held = lane.pending.get(name)
             in_flight = in_flight or (held is not None and held.entry.frame.startswith(ident, 2))
             if not in_flight and self._remove_waiting(lane, name, ident):
@@ -311,10 +319,11 @@ class MemoryStore:
         return Cancellation.REQUESTED
 
     def _remove_waiting(self, lane: Lane, name: bytes, ident: bytes) -> bool:
-        for at, (waiting, entry) in enumerate(lane.waiting):
-            if waiting == name and entry.frame.startswith(ident, 2):
-                del lane.waiting[at]
-                return True
+        for line in (lane.front, lane.waiting):
+            for at, (waiting, entry) in enumerate(line):
+                if waiting == name and entry.frame.startswith(ident, 2):
+                    del line[at]
+                    return True
         return False
 
     def _mark(self, task_id: str) -> None:

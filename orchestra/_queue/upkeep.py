@@ -25,13 +25,14 @@ from orchestra._redis.link import Link
 from orchestra._redis.wire import pack
 from orchestra._scripts import Arg, script
 from orchestra.errors import StoreError
+from orchestra.tasks import LANES
 
 logger = logging.getLogger("orchestra.queue")
 
 PROMOTE_BATCH = 200
 """Due tasks that one promotion moves at most."""
 SCAN_ROWS = 500
-"""Pending rows that one reclaim looks at per lane."""
+"""Pending rows that one reclaim looks at per stream."""
 RECLAIMS_PER_LEASE = 4
 ADOPT_EVERY = 5.0
 """Seconds between two looks for dead processes of this machine."""
@@ -167,11 +168,12 @@ class StreamUpkeep:
         if self._reopened:
             await self._look_at_server()
         link = await of.link()
-        keys = (*of.keys.lanes, of.keys.delayed, of.keys.bodies, of.keys.counters, of.keys.consumers, of.keys.cancels)
+        keys = of.keys
+        names = (*keys.streams, keys.delayed, keys.bodies, keys.counters, keys.consumers, keys.cancels)
         args = (PROMOTE_BATCH, consumer, of.cancels.newest)
         await link.wire()  # the time to connect says nothing about the server
         sent = time.monotonic()
-        moved, wait_ms, now_ms, marks, lost = await link.script(script("promote"), keys, args)
+        moved, wait_ms, now_ms, marks, lost = await link.script(script("promote"), names, args)
         self._compare_clocks(sent, now_ms)
         self._marked |= of.cancels.add(marks)
         if moved:
@@ -216,7 +218,7 @@ class StreamUpkeep:
     # -- taking over
 
     async def reclaim(self, consumer: str, room: int, idle_ms: int) -> Taken:
-        """Take over up to ``room`` deliveries that have been idle for ``idle_ms``; one round trip a lane."""
+        """Take over up to ``room`` deliveries that have been idle for ``idle_ms``; one round trip a stream, two a lane."""
         taken = Taken()
         try:
             await self._reclaim(consumer, room, taken, idle_ms)
@@ -232,19 +234,19 @@ class StreamUpkeep:
         link = await of.link()
         pills = len(taken.pills)
         try:
-            for lane, key in enumerate(of.keys.lanes):
-                args: list[Arg] = [of.group_name, consumer, lane, idle_ms, SCAN_ROWS, room - len(taken), dead]
+            for number, key in enumerate(of.keys.streams):
+                args: list[Arg] = [of.group_name, consumer, number, idle_ms, SCAN_ROWS, room - len(taken), dead]
                 args += self._expectation() if not dead else (0, 0)
                 args += self._suspicion(taken, room)
                 rows, lost, state, left = await link.script(script("reclaim"), (key, of.keys.counters), args)
                 if state == REFUSED:
                     self.stay_quiet("late")
                     return True
-                self._sort(lane, rows, consumer, taken)
+                self._sort(number, rows, consumer, taken)
                 taken.suspects += left
                 whole = whole and state == ALL_SEEN
                 if lost:
-                    self.tell_lost(lane, [f"{lane}:{entry.decode()}" for entry in lost], len(lost))
+                    self.tell_lost(number % LANES, [f"{number}:{entry.decode()}" for entry in lost], len(lost))
                 if len(taken) >= room:
                     break
         finally:
@@ -268,9 +270,9 @@ class StreamUpkeep:
             return 0, 0
         return int((time.monotonic() + self.clock_offset) * 1000), int(self._off * 1000)
 
-    def _sort(self, lane: int, rows: Sequence[Any], consumer: str, taken: Taken) -> None:
+    def _sort(self, number: int, rows: Sequence[Any], consumer: str, taken: Taken) -> None:
         for entry, count, fields, holder, idle in rows:
-            delivery = Delivery(lane, entry, fields, consumer, int(count))
+            delivery = Delivery(number, entry, fields, consumer, int(count))
             if delivery.deliveries <= self._of.max_deliveries:
                 taken.deliveries.append(delivery)
             else:
@@ -285,7 +287,7 @@ class StreamUpkeep:
 
     async def retire(self, consumer: str) -> None:
         """Forget ``consumer``, unless it still holds deliveries; one round trip."""
-        keys = (*self._of.keys.lanes, self._of.keys.consumers)
+        keys = (*self._of.keys.streams, self._of.keys.consumers)
         link = await self._of.link()
         await link.script(script("retire"), keys, (self._of.group_name, consumer))
 

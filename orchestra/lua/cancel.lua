@@ -2,8 +2,8 @@
 -- Cancels one task: at once where it is found waiting, else by a mark that its holder looks up.
 -- Invariant: only what nobody holds is removed, after its terminal record was written; a task in flight is ended by its
 --            holder alone. A mark covers the entries of this id that exist now, none that is added in a later millisecond.
--- KEYS: 1-4 lane streams | 5 delayed zset | 6 bodies hash | 7-8 dedup buckets | 9 counters | 10 cancel marks zset
---       11 result key
+-- KEYS: 1-4 lane streams | 5-8 streams before them | 9 delayed zset | 10 bodies hash | 11-12 dedup buckets | 13 counters
+--       14 cancel marks zset | 15 result key
 -- ARGV: 1 task id | 2 the id as it stands in a frame | 3 message id ("": as the dedup records say) | 4 group | 5 record
 --       6 time to live of the record ms | 7 time to live of a mark ms | 8 most marks
 -- Returns: {"cancelled", frame}: removed; {"ended", record}: it was terminal before, nothing changed;
@@ -13,20 +13,20 @@ local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
 
 -- What follows the first write must not fail for the type of a key, so these fail here.
-redis.call('HLEN', KEYS[6])
-redis.call('HLEN', KEYS[9])
-redis.call('ZCARD', KEYS[10])
+redis.call('HLEN', KEYS[10])
+redis.call('HLEN', KEYS[13])
+redis.call('ZCARD', KEYS[14])
 
 local function record()
-  redis.call('SET', KEYS[11], ARGV[5], 'PX', ARGV[6])
+  redis.call('SET', KEYS[15], ARGV[5], 'PX', ARGV[6])
 end
 
-local packed = redis.call('ZSCORE', KEYS[5], ARGV[1]) and redis.call('HGET', KEYS[6], ARGV[1])
+local packed = redis.call('ZSCORE', KEYS[9], ARGV[1]) and redis.call('HGET', KEYS[10], ARGV[1])
 if packed then
   record()
-  redis.call('ZREM', KEYS[5], ARGV[1])
-  redis.call('HDEL', KEYS[6], ARGV[1])
-  redis.call('HINCRBY', KEYS[9], 'cancelled', 1)
+  redis.call('ZREM', KEYS[9], ARGV[1])
+  redis.call('HDEL', KEYS[10], ARGV[1])
+  redis.call('HINCRBY', KEYS[13], 'cancelled', 1)
   return {'cancelled', cmsgpack.unpack(packed)[5]}
 end
 
@@ -41,10 +41,10 @@ local function frame_at(stream, id)
 end
 
 local in_flight = false
-local places = {ARGV[3], redis.call('HGET', KEYS[7], ARGV[1]) or '', redis.call('HGET', KEYS[8], ARGV[1]) or ''}
+local places = {ARGV[3], redis.call('HGET', KEYS[11], ARGV[1]) or '', redis.call('HGET', KEYS[12], ARGV[1]) or ''}
 for i = 1, #places do
-  local lane, id = string.match(places[i], '^([0-3]):(%d+%-%d+)$')
-  local stream = lane and KEYS[lane + 1]
+  local number, id = string.match(places[i], '^([0-7]):(%d+%-%d+)$')
+  local stream = number and KEYS[number + 1]
   local frame = stream and not in_flight and frame_at(stream, id)
   if frame then
     local rows = redis.pcall('XPENDING', stream, ARGV[4], id, id, 1)
@@ -53,25 +53,25 @@ for i = 1, #places do
     if not in_flight then
       record()
       redis.call('XDEL', stream, id)
-      redis.call('HINCRBY', KEYS[9], 'cancelled', 1)
+      redis.call('HINCRBY', KEYS[13], 'cancelled', 1)
       return {'cancelled', frame}
     end
   end
 end
 
 if not in_flight then -- a task in flight lives, whatever an earlier one of the same id left behind
-  local ended = redis.call('GET', KEYS[11])
+  local ended = redis.call('GET', KEYS[15])
   if ended then return {'ended', ended} end
 end
 
 -- Entry ids and marks may be ahead of a clock that was set back.
-local mark = math.max(now, tonumber(redis.call('ZRANGE', KEYS[10], -1, -1, 'WITHSCORES')[2] or 0))
-for lane = 1, 4 do
-  local newest = redis.call('XREVRANGE', KEYS[lane], '+', '-', 'COUNT', 1)[1]
+local mark = math.max(now, tonumber(redis.call('ZRANGE', KEYS[14], -1, -1, 'WITHSCORES')[2] or 0))
+for number = 1, 8 do
+  local newest = redis.call('XREVRANGE', KEYS[number], '+', '-', 'COUNT', 1)[1]
   if newest then mark = math.max(mark, tonumber(string.match(newest[1], '^%d+'))) end
 end
-redis.call('ZADD', KEYS[10], mark, ARGV[1])
-redis.call('ZREMRANGEBYSCORE', KEYS[10], '-inf', '(' .. string.format('%.0f', now - ARGV[7]))
-redis.call('ZREMRANGEBYRANK', KEYS[10], 0, -1 - ARGV[8])
-redis.call('PEXPIRE', KEYS[10], ARGV[7])
+redis.call('ZADD', KEYS[14], mark, ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[14], '-inf', '(' .. string.format('%.0f', now - ARGV[7]))
+redis.call('ZREMRANGEBYRANK', KEYS[14], 0, -1 - ARGV[8])
+redis.call('PEXPIRE', KEYS[14], ARGV[7])
 return {'requested', string.format('%.0f', mark - now)}

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Settles cancelled deliveries of one lane, and tells the senders who wait.
+-- Settles cancelled deliveries of one stream, and tells the senders who wait.
 -- Invariant: the record is written once, by the holder of the delivery, before the delivery disappears; the mark goes last.
--- KEYS: 1 lane stream | 2 counters | 3 cancel marks zset | 4… result key per delivery
+-- KEYS: 1 stream | 2 counters | 3 cancel marks zset | 4… result key per delivery
 -- ARGV: 1 group | 2 consumer | 3 time to live of a record ms, then per delivery:
 --       id | deliveries | task id | record | channel ("": none)
 -- Returns: the ids that were STALE and left alone

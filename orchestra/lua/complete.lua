@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Settles a batch of finished deliveries of one lane whose senders want no result.
+-- Settles a batch of finished deliveries of one stream whose senders want no result.
 -- Invariant: only a delivery that this consumer holds, at this delivery count, is acknowledged and deleted.
--- KEYS: 1 lane stream | 2 counters
+-- KEYS: 1 stream | 2 counters
 -- ARGV: 1 group | 2 consumer | 3 room: rows that a range check may need (0: check each id) | 4 lowest id | 5 highest id
 --       6 number of first deliveries, then their ids, best in order, then id | deliveries for each repeated one
 -- Returns: the ids that were STALE and left alone

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Settles finished deliveries of one lane whose senders want the result, and tells the senders.
+-- Settles finished deliveries of one stream whose senders want the result, and tells the senders.
 -- Invariant: the record is written once, by the holder of the delivery, before the delivery disappears.
--- KEYS: 1 lane stream | 2 counters | 3… result key per delivery
+-- KEYS: 1 stream | 2 counters | 3… result key per delivery
 -- ARGV: 1 group | 2 consumer, then per delivery: id | deliveries | time to live ms | record | channel ("": none)
 -- Returns: the ids that were STALE and left alone
 -- Complexity: O(deliveries log pending)

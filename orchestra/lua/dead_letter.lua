@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Moves deliveries of one lane to the dead letter stream.
+-- Moves deliveries of one stream to the dead letter stream.
 -- Invariant: one dead letter per task and generation, added before the delivery is removed, by its holder only.
--- KEYS: 1 lane stream | 2 dead letter stream | 3 counters | 4… result key per delivery
+-- KEYS: 1 stream | 2 dead letter stream | 3 counters | 4… result key per delivery
 -- ARGV: 1 group | 2 consumer | 3 lane 0-3, then per delivery:
 --       id | deliveries | attempts | reason | error info | frame, should the stream have lost it
 --       | time to live of the record ms (0: none wanted) | record | channel ("": none)

@@ -2,7 +2,7 @@
 -- Invariant: all tasks of a call are added, or none; one live entry per deduplicated task id within the window; a repeat
 --            writes something, so that a WAIT behind it covers what it repeats.
 -- KEYS: 1-4 lane streams | 5 delayed zset | 6 bodies hash | 7-8 dedup buckets | 9-10 token buckets | 11 counters
---       12 dead letter stream, needed with a limit on dead letters
+--       12 dead letter stream | 13-16 streams before the lanes; needed with a limit
 -- ARGV: 1 length limit (0: none), or two numbers with a space between: length limit and most dead letters
 --       2 dedup window ms | 3 token window ms | 4 token ("": none)
 --       then per task: lane 0-3 | mode | frame
@@ -34,7 +34,7 @@ end
 
 if limit > 0 then
   local depth = redis.call('ZCARD', KEYS[5])
-  for lane = 1, 4 do depth = depth + redis.call('XLEN', KEYS[lane]) end
+  for lane = 1, 4 do depth = depth + redis.call('XLEN', KEYS[lane]) + redis.call('XLEN', KEYS[12 + lane]) end
   if depth + tasks > limit then
     local ended = 0
     for _, n in ipairs(redis.call('HMGET', KEYS[11], 'completed', 'dead', 'cancelled', 'lost')) do

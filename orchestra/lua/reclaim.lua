@@ -1,9 +1,9 @@
 #!lua flags=allow-oom
--- Takes over deliveries of one lane whose lease has run out.
+-- Takes over deliveries of one stream whose lease has run out.
 -- Invariant: bounded work a call; the cursor is kept, so a fresh head never hides a stale tail; no entry vanishes unseen;
 --   nothing is taken when Redis stood still, or its clock jumped, since it was asked: idle times mean nothing then.
--- KEYS: 1 lane stream | 2 counters (cursor:<lane> lives here)
--- ARGV: 1 group | 2 consumer | 3 lane 0-3 | 4 lease ms | 5 pending rows to look at | 6 most to take over
+-- KEYS: 1 stream | 2 counters (cursor:<stream> lives here)
+-- ARGV: 1 group | 2 consumer | 3 stream 0-7 | 4 lease ms | 5 pending rows to look at | 6 most to take over
 --       7 dead consumer: only what it held, whatever its age ("": anybody's)
 --       8 Redis ms at which the caller expects this to run | 9 ms it may be off (0: any)
 --       10 suspects: the delivery count of the last hand-over that is allowed | 11 most suspects to take

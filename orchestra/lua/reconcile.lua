@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Hands deliveries of one lane that this consumer has, but never received, to it once more.
+-- Hands deliveries of one stream that this consumer has, but never received, to it once more.
 -- Invariant: only what this consumer still has at the delivery count given, and with a new one: no fence is used twice.
--- KEYS: 1 lane stream | 2 counters
+-- KEYS: 1 stream | 2 counters
 -- ARGV: 1 group | 2 consumer, then per delivery: id | deliveries
 -- Returns: {{{id, deliveries, fields}, …}, {ids lost}}
 -- Complexity: O(deliveries log pending)

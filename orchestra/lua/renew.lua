@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Prolongs the leases of deliveries of one lane.
+-- Prolongs the leases of deliveries of one stream.
 -- Invariant: never takes a delivery from another consumer, never changes its delivery count; no entry vanishes unseen.
--- KEYS: 1 lane stream | 2 counters
+-- KEYS: 1 stream | 2 counters
 -- ARGV: 1 group | 2 consumer, then per delivery: id | deliveries
 -- Returns: the ids that this consumer no longer holds; with a "!" before it where somebody has deleted the entry
 -- Complexity: O(deliveries log pending)

@@ -7,7 +7,7 @@ from typing import Any
 from orchestra._keys import QueueKeys
 from orchestra.serialization import loads
 from tests.reference.keyspace import Plain
-from tests.reference.queue_model import LANES, Delayed, Model
+from tests.reference.queue_model import STREAMS, Delayed, Model
 
 SLACK = 2
 """Milliseconds by which the clocks of two commands of one call may differ."""
@@ -25,7 +25,7 @@ class Seen:
         self.keys = keys
         names = client("KEYS", "*")
         commands: list[tuple[Any, ...]] = [("TIME",)]
-        for lane in keys.lanes:
+        for lane in keys.streams:
             commands += [("XRANGE", lane, "-", "+"), ("XPENDING", lane, group, "-", "+", 10_000)]
             commands.append(("XINFO", "CONSUMERS", lane, group))
         commands += [
@@ -43,7 +43,7 @@ class Seen:
         replies = iter(client.many(commands))
         first = next(replies)
         self.entries, self.rows, self.members = [], [], []
-        for _ in range(LANES):
+        for _ in range(STREAMS):
             self.entries.append([(entry, tuple(fields)) for entry, fields in next(replies)])
             rows, members = next(replies), next(replies)
             self.rows.append([] if isinstance(rows, Exception) else rows)
@@ -64,7 +64,7 @@ def _ms(time: list[bytes]) -> int:
 
 def compare(model: Model, seen: Seen, started: int) -> None:
     """Raises AssertionError where they differ."""
-    for lane in range(LANES):
+    for lane in range(STREAMS):
         _lane(model, seen, lane)
     _delayed(model, seen)
     _dead(model, seen)
@@ -187,24 +187,25 @@ def _keys(model: Model, seen: Seen) -> None:
     ends |= {k.result(task) for task in model.results} | ({k.cancels} if model.marks else set())
     stays = ({k.delayed, k.bodies} if model.delayed else set()) | ({k.consumers} if model.alive else set())
     stays |= {k.counters} if any(model.counters.values()) or model.cursors else set()
-    streams = {*k.lanes, k.dlq}
+    streams = {*k.streams, k.dlq}
     assert set(seen.ttl) - streams == ends | stays
     if model.grouped:
-        assert set(k.lanes) <= set(seen.ttl)
+        assert set(k.streams) <= set(seen.ttl)
     for name, ttl in seen.ttl.items():
         assert (ttl > 0) == (name in ends), f"{name} has a time to live of {ttl} ms"
 
 
-def unpacked(body: bytes) -> tuple[int, int, int, int, bytes]:
-    """The MessagePack array of four whole numbers and a string that a delayed task is."""
-    assert body[0] == 0x95
+def unpacked(body: bytes) -> tuple[int | bytes, ...]:
+    """The MessagePack array of four whole numbers and a string, perhaps another number, that a delayed task is."""
+    assert body[0] in (0x95, 0x96)
     numbers, at = [], 1
     for _ in range(4):
         number, at = _integer(body, at)
         numbers.append(number)
     length, at = _string_length(body, at)
-    assert at + length == len(body)
-    return (*numbers, body[at:])
+    end = len(body) - (body[0] == 0x96)
+    assert at + length == end
+    return (*numbers, body[at:end], *body[end:])
 
 
 _SIZES = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}

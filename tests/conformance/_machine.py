@@ -16,7 +16,7 @@ from orchestra.errors import QueueFullError
 from orchestra.serialization import encode_task
 from tests.conformance._actors import GROUP, KEYS, LEASE, MAX_DELIVERIES, PROMOTE, SCAN, WINDOW, Consumer, Server
 from tests.conformance._compare import Seen, compare
-from tests.reference.queue_model import LANES, Entry, Model, order
+from tests.reference.queue_model import LANES, STREAMS, Entry, Model, order
 
 IDS = ("a", "b", "c", "d")
 VERDICTS = {
@@ -104,7 +104,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def handed(self, consumer: Consumer, deliveries: list[Delivery], expected: list[tuple[int, Entry, int]]) -> None:
         """The product's deliveries are those of the model."""
-        found = [(d.lane, d.entry, d.frame, d.retries, d.before, d.generation, d.deliveries) for d in deliveries]
+        found = [(d.stream, d.entry, d.frame, d.retries, d.before, d.generation, d.deliveries) for d in deliveries]
         wanted = [(lane, e.id, e.frame, e.retries, e.before, e.generation, count) for lane, e, count in expected]
         assert found == wanted
         assert {d.consumer for d in deliveries} <= {consumer.name}
@@ -201,7 +201,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def grouped(self) -> None:
         self.model.grouped = True
-        self.touched.update(range(LANES))
+        self.touched.update(range(STREAMS))
 
     @rule(who=st.integers(0, 2), count=a_few)
     def read(self, who: int, count: int) -> None:
@@ -217,8 +217,8 @@ class QueueMachine(RuleBasedStateMachine):
     def read_and_lose_the_reply(self, who: int, count: int, favoured: int | None) -> None:
         """Ghosts: pending for a consumer that has never heard of them."""
         name, lua = self.consumers[who].name, script("take").text
-        share = "" if favoured is None else favoured
-        self.act(lambda: self.client("EVAL", lua, LANES, *KEYS.lanes, GROUP, name, count, share))
+        share = "" if favoured is None else favoured + 4
+        self.act(lambda: self.client("EVAL", lua, STREAMS, *KEYS.streams, GROUP, name, count, share))
         self.model.take(name, count, favoured)
         self.check()
 
@@ -234,7 +234,7 @@ class QueueMachine(RuleBasedStateMachine):
         got = self.act(consumer.queue.read(consumer.name, count, 0, exact=True))
         ghosts.looks = []
         taken = []
-        for lane in range(LANES):
+        for lane in range(STREAMS):
             for entry_id in sorted(self.model.pending[lane], key=order):
                 row = self.model.pending[lane][entry_id]
                 unheard = row.consumer == consumer.name and entry_id not in held[lane] and row.since[0] >= consumer.born
@@ -254,7 +254,7 @@ class QueueMachine(RuleBasedStateMachine):
     def current(self, consumer: Consumer) -> list[Delivery]:
         """What it holds, whether it knows or not."""
         holds = self.model.holds
-        return [d for d in consumer.deliveries if holds(d.lane, d.entry, d.consumer, d.deliveries)]
+        return [d for d in consumer.deliveries if holds(d.stream, d.entry, d.consumer, d.deliveries)]
 
     def holders(self) -> list[Consumer]:
         return [consumer for consumer in self.consumers if self.current(consumer)]
@@ -275,7 +275,7 @@ class QueueMachine(RuleBasedStateMachine):
     def outdated(self, consumer: Consumer) -> list[Delivery]:
         """What it was handed, and somebody (itself perhaps) has been handed again since."""
         mine = set(self.current(consumer))
-        return [d for d in consumer.deliveries if d not in mine and d.entry in self.model.pending[d.lane]]
+        return [d for d in consumer.deliveries if d not in mine and d.entry in self.model.pending[d.stream]]
 
     @precondition(lambda self: any(map(self.outdated, self.consumers)))
     @rule(data=st.data())
@@ -286,7 +286,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def settle(self, data: Any, consumer: Consumer, among: list[Delivery]) -> None:
         picked = data.draw(st.lists(st.integers(0, len(among) - 1), min_size=1, max_size=6, unique=True))
-        each = {(among[i].lane, among[i].entry): among[i] for i in picked}  # a batch names an entry once
+        each = {(among[i].stream, among[i].entry): among[i] for i in picked}  # a batch names an entry once
         batch = [(delivery, VERDICTS[self.pick(data, VERDICTS)]) for delivery in each.values()]
         stale = self.act(consumer.queue.settle(batch))
         expected = self._settle(batch)
@@ -311,7 +311,7 @@ class QueueMachine(RuleBasedStateMachine):
         groups: dict[Any, list[tuple[Delivery, Any]]] = {}
         for delivery, verdict in batch:
             plain = isinstance(verdict, Complete) and (verdict is DONE or not delivery.wants_result)
-            groups.setdefault((not plain, delivery.lane, type(verdict)), []).append((delivery, verdict))
+            groups.setdefault((not plain, delivery.stream, type(verdict)), []).append((delivery, verdict))
         ordered = sorted(groups, key=lambda key: key[0])
         stale, marked = [], []
         for key in ordered:
@@ -325,7 +325,7 @@ class QueueMachine(RuleBasedStateMachine):
         return stale
 
     def _end(self, d: Delivery, verdict: Any) -> bool | None:
-        model, where, task = self.model, (d.lane, d.entry, d.consumer, d.deliveries), d.header.id
+        model, where, task = self.model, (d.stream, d.entry, d.consumer, d.deliveries), d.header.id
         match verdict:
             case Complete():
                 if verdict is DONE or not d.wants_result:
@@ -349,10 +349,10 @@ class QueueMachine(RuleBasedStateMachine):
         """What the lease thread sends, also for what is stale."""
         zombies = [consumer for consumer in self.consumers if self.outdated(consumer)]
         consumer = self.pick(data, zombies or self.receivers())
-        lane = self.pick(data, {d.lane for d in consumer.deliveries})
-        mine = [d for d in consumer.deliveries if d.lane == lane]
+        lane = self.pick(data, {d.stream for d in consumer.deliveries})
+        mine = [d for d in consumer.deliveries if d.stream == lane]
         args = [part for d in mine for part in (d.entry, d.deliveries)]
-        keys = (KEYS.lanes[lane], KEYS.counters)
+        keys = (KEYS.streams[lane], KEYS.counters)
         lua = script("renew").text
         lost = self.act(lambda: self.client("EVAL", lua, 2, *keys, GROUP, consumer.name, *args))
         expected = [d.entry for d in mine if not self.model.renew(lane, d.entry, consumer.name, d.deliveries)]
@@ -361,7 +361,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def in_flight(self) -> list[tuple[int, bytes]]:
         """What is pending and still in its lane."""
-        rows = [(lane, entry_id) for lane in range(LANES) for entry_id in sorted(self.model.pending[lane], key=order)]
+        rows = [(lane, entry_id) for lane in range(STREAMS) for entry_id in sorted(self.model.pending[lane], key=order)]
         return [(lane, entry_id) for lane, entry_id in rows if self.model.find(lane, entry_id)]
 
     @precondition(lambda self: self.in_flight())
@@ -371,7 +371,7 @@ class QueueMachine(RuleBasedStateMachine):
         for number in data.draw(st.sets(st.integers(0, len(rows) - 1), min_size=1)):
             lane, entry_id = rows[number]
             row = self.model.pending[lane][entry_id]
-            claim = ("XCLAIM", KEYS.lanes[lane], GROUP, row.consumer, 0, entry_id, "IDLE", 2 * LEASE, "JUSTID")
+            claim = ("XCLAIM", KEYS.streams[lane], GROUP, row.consumer, 0, entry_id, "IDLE", 2 * LEASE, "JUSTID")
             self.act(lambda claim=claim: self.client(*claim))
             row.since = (self.model.now[0] - 2 * LEASE, self.model.now[1] - 2 * LEASE)
         self.check()
@@ -390,7 +390,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def _reclaim(self, consumer: Consumer, room: int, dead: str = "") -> list[tuple[int, Entry, int]]:
         taken: list[tuple[int, Entry, int]] = []
-        for lane in range(LANES):
+        for lane in range(STREAMS):
             rows, _ = self.model.reclaim(lane, consumer.name, LEASE, SCAN, room - len(taken), dead)
             taken += [(lane, entry, count) for entry, count in rows]
             if len(taken) >= room:
@@ -426,7 +426,7 @@ class QueueMachine(RuleBasedStateMachine):
         upkeep._adopt_at, upkeep._reclaim_at = 0.0, math.inf
         got = self.act(consumer.queue.maintain(consumer.name, room)).deliveries
         self.model.promote(consumer.name, PROMOTE)
-        self.touched.update(range(LANES))
+        self.touched.update(range(STREAMS))
         self._adopt_times()
         taken: list[tuple[int, Entry, int]] = []
         for name in sorted(self.model.alive, key=lambda name: (self.model.alive[name], name)):
@@ -479,11 +479,11 @@ class QueueMachine(RuleBasedStateMachine):
         self.act(consumer.queue.maintain(consumer.name, 0))
         for delayed in self.model.delayed:
             if delayed.due[1] <= self.model.now[0]:
-                self.touched.add(delayed.lane)
+                self.touched.add(delayed.lane + LANES * delayed.front)
         self.model.promote(consumer.name, PROMOTE)
         self.check()
         for delivery in consumer.deliveries:
-            task, row = delivery.header.id, self.model.pending[delivery.lane].get(delivery.entry)
+            task, row = delivery.header.id, self.model.pending[delivery.stream].get(delivery.entry)
             if row is not None and task in self.model.marks:
                 covered = int(delivery.entry.partition(b"-")[0]) <= self.model.marks[task][0]
                 assert consumer.queue.cancel_requested(delivery) >= covered
@@ -552,13 +552,13 @@ class QueueMachine(RuleBasedStateMachine):
         if not really:
             return
         lane, entry_id = self.pick(data, self.in_flight())
-        self.client("XDEL", KEYS.lanes[lane], entry_id)
+        self.client("XDEL", KEYS.streams[lane], entry_id)
         self.model.lanes[lane] = [entry for entry in self.model.lanes[lane] if entry.id != entry_id]
         self.check()
 
     def check_new_entries(self) -> None:
         """Let the model know the ids of what was added, without comparing the rest yet."""
         for lane, entries in enumerate(self.model.lanes):
-            rows = self.client("XRANGE", KEYS.lanes[lane], "-", "+")
+            rows = self.client("XRANGE", KEYS.streams[lane], "-", "+")
             for entry, (entry_id, _) in zip(entries, rows, strict=False):
                 entry.id = entry.id or entry_id

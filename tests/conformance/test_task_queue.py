@@ -500,6 +500,27 @@ async def test_settling_completes(queue):
     assert await queue.settle([]) == []
 
 
+@pytest.mark.parametrize("delay", [0.0, 30.0])
+@pytest.mark.parametrize(("counter", "order"), [("retried", "wxt"), ("throttled", "twx"), ("released", "twx")])
+async def test_who_comes_back_without_having_failed_goes_before_his_lane(queue, backend, counter, order, delay):
+    """Its message id, its count in the statistics and its cancellation are like any other's; a higher lane goes first."""
+    await queue.produce_many([work(id=name, priority=1) for name in "twx"])
+    first = await read_one(queue)
+    await queue.settle([(first, Again(delay, counter))])
+    if delay:
+        assert (await queue.stats()).delayed == 1
+        await backend.hasten(queue, 31)
+        await queue.maintain("c", 0)
+    assert (await queue.stats()).waiting == (0, 3, 0, 0)
+    await queue.produce(work(id="urgent", priority=0))
+    found = await read_all(queue, 4)
+    assert [delivery.header.id for delivery in found] == ["urgent", *order]
+    assert [delivery.lane for delivery in found] == [0, 1, 1, 1]
+    assert (await queue.stats()).in_flight == (1, 3, 0, 0)
+    assert await queue.acknowledge_many([delivery.message_id for delivery in found]) == [True] * 4
+    assert (await queue.stats()).live == 0
+
+
 @pytest.mark.parametrize(("counter", "attempt"), [("retried", 2), ("throttled", 1), ("released", 1)])
 async def test_again_at_once(queue, counter, attempt):
     await queue.produce(work(id="t", priority=1))

@@ -187,12 +187,12 @@ class Fleet:
             f"{ended} terminal, {len(self.attempts)} run: {stats}"
         )
         assert self.repeats <= repeats + retries, f"{self.repeats} repeats, {repeats + retries} explained"
-        for lane in self.queue.keys.lanes:
+        for lane in self.queue.keys.streams:
             if await self._ask("EXISTS", lane):
                 assert (await self._ask("XPENDING", lane, "workers"))[0] == 0
                 assert await self._ask("XLEN", lane) == 0
         keys = self.queue.keys
-        permanent = {*keys.lanes, keys.counters, keys.consumers, keys.dlq, keys.cancels}
+        permanent = {*keys.streams, keys.counters, keys.consumers, keys.dlq, keys.cancels}
         for key in await self._ask("KEYS", "orc:*"):
             assert key.decode() in permanent or await self._ask("PTTL", key) > 0, f"{key!r} has no time to live"
         return stats

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from orchestra import _keys
 from orchestra._delivery import cancelled_record, frame_ident
-from orchestra._keys import QueueKeys
+from orchestra._keys import QueueKeys, WorkflowKeys
 from orchestra._scripts import script
 from orchestra.serialization import encode_task
 from tests.reference.keyspace import Plain
@@ -39,19 +39,19 @@ class World:
         self.keys = QueueKeys(queue)
         self.queue = queue
         client("FLUSHALL")
-        client.many([("XGROUP", "CREATE", lane, GROUP, "0", "MKSTREAM") for lane in self.keys.lanes])
+        client.many([("XGROUP", "CREATE", lane, GROUP, "0", "MKSTREAM") for lane in self.keys.streams])
 
     def frame(self, number: int, lane: int = 2) -> bytes:
-        return encode_task({"id": f"t{number}", "type": "x", "priority": lane}).frame
+        return encode_task({"id": f"t{number}", "type": "x", "priority": lane % 4}).frame
 
     def add(self, count: int, lane: int = 2, first: int = 0) -> list[bytes]:
         """Tasks that wait."""
-        key, numbers = self.keys.lanes[lane], range(first, first + count)
+        key, numbers = self.keys.streams[lane], range(first, first + count)
         return self.client.many([("XADD", key, "*", "t", self.frame(number, lane)) for number in numbers])
 
     def read(self, count: int, consumer: str = ME, lane: int = 2) -> list[bytes]:
         """Hand out tasks that wait."""
-        key = self.keys.lanes[lane]
+        key = self.keys.streams[lane]
         ((_, rows),) = self.client("XREADGROUP", "GROUP", GROUP, consumer, "COUNT", count, "STREAMS", key, ">")
         assert len(rows) == count
         return [entry for entry, _ in rows]
@@ -67,7 +67,7 @@ class World:
 
     def delay(self, count: int, lane: int = 2, first: int = 0) -> None:
         """Tasks that are delayed and due."""
-        args: list[Any] = [lane]
+        args: list[Any] = [lane % 4, lane // 4]
         for number in range(first, first + count):
             args += (f"t{number}", self.frame(number, lane))
         self.client("EVAL", DELAY, 2, self.keys.delayed, self.keys.bodies, *args)
@@ -83,9 +83,11 @@ class World:
         return (client or self.client).many([command])[0]
 
 
-DELAY = """for i = 2, #ARGV, 2 do
+DELAY = """for i = 3, #ARGV, 2 do
   redis.call('ZADD', KEYS[1], 1, ARGV[i])
-  redis.call('HSET', KEYS[2], ARGV[i], cmsgpack.pack({tonumber(ARGV[1]), 0, 0, 0, ARGV[i + 1]}))
+  local packed = {tonumber(ARGV[1]), 0, 0, 0, ARGV[i + 1]}
+  if ARGV[2] == '1' then packed[6] = 1 end
+  redis.call('HSET', KEYS[2], ARGV[i], cmsgpack.pack(packed))
 end"""
 
 
@@ -102,7 +104,7 @@ def case(name: str, situation: str) -> Callable[[Callable[[World, int], Case]], 
 
 def _produce_keys(w: World) -> list[str]:
     k = w.keys
-    return [*k.lanes, k.delayed, k.bodies, *k.dedup, *k.tokens, k.counters, k.dlq]
+    return [*k.lanes, k.delayed, k.bodies, *k.dedup, *k.tokens, k.counters, k.dlq, *k.fronts]
 
 
 @case("produce", "everything")
@@ -120,37 +122,36 @@ def _(w: World, n: int) -> Case:
     args: list[Any] = [0, HOUR, 60_000, ""]
     for number in range(n):
         args += (2, f"it{number}", w.frame(number))
-    return Case(_produce_keys(w), args, untouched=frozenset({1, 2, 4, 5, 6, 9, 10, 12}))
+    return Case(_produce_keys(w), args, untouched=frozenset({1, 2, 4, 5, 6, 9, 10, *range(12, 17)}))
 
 
 @case("produce", "one")
 def _(w: World, n: int) -> Case:
-    return Case(
-        _produce_keys(w), [0, HOUR, 60_000, "t", 2, "", w.frame(0)], untouched=frozenset({1, 2, 4, 5, 6, 7, 8, 12})
-    )
+    untouched = frozenset({1, 2, 4, 5, 6, 7, 8, *range(12, 17)})
+    return Case(_produce_keys(w), [0, HOUR, 60_000, "t", 2, "", w.frame(0)], untouched=untouched)
 
 
 @case("promote", "due in every lane")
 def _(w: World, n: int) -> Case:
     k = w.keys
-    for lane in range(4):
+    for lane in range(8):
         w.delay(n, lane, n * lane)
     w.client("ZADD", k.cancels, 1, "some")
-    return Case([*k.lanes, k.delayed, k.bodies, k.counters, k.consumers, k.cancels], [4 * n, ME, 0])
+    return Case([*k.streams, k.delayed, k.bodies, k.counters, k.consumers, k.cancels], [8 * n, ME, 0])
 
 
 @case("take", "every lane")
 def _(w: World, n: int) -> Case:
-    for lane in range(4):
+    for lane in range(8):
         w.add(n, lane, n * lane)
-    return Case(list(w.keys.lanes), [GROUP, ME, 4 * n, ""])
+    return Case(list(w.keys.streams), [GROUP, ME, 8 * n, ""])
 
 
 @case("take", "a favoured lane")
 def _(w: World, n: int) -> Case:
-    for lane in range(4):
+    for lane in range(8):
         w.add(n, lane, n * lane)
-    return Case(list(w.keys.lanes), [GROUP, ME, 4 * n, 3])
+    return Case(list(w.keys.streams), [GROUP, ME, 8 * n, 3])
 
 
 def _complete(w: World, ids: list[bytes], room: int) -> Case:
@@ -204,12 +205,17 @@ def _retry(w: World, n: int, delay: int, counter: str) -> Case:
     args: list[Any] = [GROUP, ME, 2]
     for number, entry in enumerate(ids):
         args += (entry, 1, f"t{number}", delay, counter)
-    return Case([k.lanes[2], k.delayed, k.bodies, k.counters, k.cancels], args)
+    return Case([k.lanes[2], k.delayed, k.bodies, k.counters, k.cancels, k.lanes[2], k.fronts[2]], args)
 
 
 @case("retry", "with a delay")
 def _(w: World, n: int) -> Case:
     return _retry(w, n, 60_000, "retried")
+
+
+@case("retry", "throttled")
+def _(w: World, n: int) -> Case:
+    return _retry(w, n, 60_000, "throttled")
 
 
 @case("retry", "at once")
@@ -262,43 +268,43 @@ def _(w: World, n: int) -> Case:
 
 @case("retire", "nothing held")
 def _(w: World, n: int) -> Case:
-    for lane in range(4):
-        w.client("XGROUP", "CREATECONSUMER", w.keys.lanes[lane], GROUP, ME)
+    for key in w.keys.streams:
+        w.client("XGROUP", "CREATECONSUMER", key, GROUP, ME)
     w.client("ZADD", w.keys.consumers, 1, ME, 1, OTHER)
-    return Case([*w.keys.lanes, w.keys.consumers], [GROUP, ME])
+    return Case([*w.keys.streams, w.keys.consumers], [GROUP, ME])
 
 
 def cancel_call(w: World, task_id: str, message_id: str = "", untouched: frozenset[int] = frozenset()) -> Case:
     """The call that cancels a task; not a case by itself."""
     k = w.keys
-    keys = [*k.lanes, k.delayed, k.bodies, *k.dedup, k.counters, k.cancels, k.result(task_id)]
+    keys = [*k.streams, k.delayed, k.bodies, *k.dedup, k.counters, k.cancels, k.result(task_id)]
     args = [task_id, frame_ident(task_id), message_id, GROUP, cancelled_record(task_id), HOUR, 24 * HOUR, 1000]
-    return Case(keys, args, frozenset({11}), untouched)
+    return Case(keys, args, frozenset({15}), untouched)
 
 
 @case("cancel", "waiting")
 def _(w: World, n: int) -> Case:
     (entry,) = w.add(1)
     w.client("HSET", w.keys.dedup[0], "t0", b"2:" + entry)
-    return cancel_call(w, "t0", "", frozenset({1, 2, 4, 6, 8, 10}))
+    return cancel_call(w, "t0", "", frozenset({1, 2, 4, 5, 6, 7, 8, 10, 12, 14}))
 
 
 @case("cancel", "delayed")
 def _(w: World, n: int) -> Case:
     w.delay(1)
-    return cancel_call(w, "t0", "", frozenset({1, 2, 3, 4, 7, 8, 10}))
+    return cancel_call(w, "t0", "", frozenset({1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 14}))
 
 
 @case("cancel", "in flight")
 def _(w: World, n: int) -> Case:
     (entry,) = w.held(1)
     w.client("ZADD", w.keys.cancels, *(part for i in range(n) for part in (1, f"old{i}")))
-    return cancel_call(w, "t0", f"2:{entry.decode()}", frozenset({6, 9, 11}))
+    return cancel_call(w, "t0", f"2:{entry.decode()}", frozenset({10, 13, 15}))
 
 
 @case("cancel", "unknown")
 def _(w: World, n: int) -> Case:
-    return cancel_call(w, "t0", "", frozenset({6, 9}))
+    return cancel_call(w, "t0", "", frozenset({10, 13}))
 
 
 @case("gcra", "two cells")
@@ -322,9 +328,21 @@ def _(w: World, n: int) -> Case:
     return Case([_keys.limit_settings()], ["name", 1_000_000, 2_000_000, "1", "1"])
 
 
+@case("gcra_refused", "some")
+def _(w: World, n: int) -> Case:
+    return Case([_keys.limit_refusals()], ["name", 3, 100])
+
+
 @case("gcra_note", "a name")
 def _(w: World, n: int) -> Case:
     return Case([_keys.limit_names()], ["name", "1000000 2000000 1 1", 100, HOUR])
+
+
+@case("breaker_look", "one that is open and one that nobody knows")
+def _(w: World, n: int) -> Case:
+    keys = [_keys.breaker_resets("tasks"), _keys.breaker("tasks"), _keys.breaker("unknown")]
+    w.client("HSET", keys[1], "state", "open", "era", "1-0", "until", 1, "forced", 0)
+    return Case(keys, [], untouched=frozenset({1, 2, 3}))
 
 
 def _breaker(w: World, op: str) -> Case:
@@ -406,6 +424,108 @@ def _(w: World, n: int) -> Case:
     w.client("HSET", document, "k", "one", "v", 1, *(part for i in range(n) for part in (f"old{i}", i)))
     pairs = [part for i in range(n) for part in (f"new{i}", i)]
     return Case([document], ["one", "two", 60_000, n, *pairs, *(f"old{i}" for i in range(n))])
+
+
+@case("memory_note", "a new name")
+def _(w: World, n: int) -> Case:
+    names = _keys.memory_names(w.queue)
+    w.client("ZADD", names, 5, "known")
+    return Case([names], ["new", 60_000])
+
+
+@case("memory_forget", "names that were not written again")
+def _(w: World, n: int) -> Case:
+    names = _keys.memory_names(w.queue)
+    w.client("ZADD", names, 9, "written again", *(part for i in range(n) for part in (5, f"gone{i}")))
+    return Case([names], ["written again", 5, *(part for i in range(n) for part in (f"gone{i}", 5))])
+
+
+def _workflow(w: World, n: int, **fields: Any) -> WorkflowKeys:
+    """Workflow ``w`` of ``n`` steps behind its first, which runs; ``fields`` of its record besides."""
+    keys = WorkflowKeys(w.queue)
+    head = {"format": 2, "status": "running", "phase": "running", "driven": 1, "token": "t", "planned": n + 1}
+    head |= {
+        "steps": n + 1,
+        "left": n + 1,
+        "running": 1,
+        "undo": 0,
+        "children": 0,
+        "order": 0,
+        "current": 0,
+        "version": 7,
+    }
+    head |= {"n:0": " ".join(("fl--", "-1", "0", "s0", *(str(i) for i in range(1, n + 1)))), "p:0": "p", "input": "i"}
+    head |= {"q:0": "R 1 1 5 0 0 1 0 0", "task": "t", "created": 1} | fields
+    for i in range(1, n + 1):
+        head |= {f"n:{i}": f"fl-- -1 1 s{i}", f"p:{i}": "p"}
+    w.client("HSET", keys.state("w"), *(part for pair in head.items() for part in pair))
+    w.client("HSET", keys.context("w"), "c:a", "1")
+    w.client("XADD", keys.events("w"), "*", "kind", "workflow.started")
+    w.client("ZADD", keys.index, 1, "w")
+    return keys
+
+
+def _move(keys: WorkflowKeys, op: str, *args: Any, untouched: frozenset[int] = frozenset({5, 6, 7})) -> Case:
+    return Case([*keys.scripted("w")], [op, "w", HOUR, 5_000, 1 << 20, *args], untouched=untouched)
+
+
+@case("workflow_make", "a plan")
+def _(w: World, n: int) -> Case:
+    keys, fields = WorkflowKeys(w.queue), [part for i in range(n) for part in (f"p:{i}", "x")]
+    w.client("ZADD", keys.expiry, 1, "old")
+    w.client("ZADD", keys.index, 1, "old")
+    args = ["w", "token", 5_000, 1, 0, n, *fields, 1, "c:a", "1"]
+    return Case([*keys.scripted("w")], args, frozenset({2, 3}), frozenset({5}))
+
+
+@case("workflow_move", "begin")
+def _(w: World, n: int) -> Case:
+    keys = _workflow(w, n, running=0, **{"q:0": "P 0 1 0 0 0 0 0 0"})
+    w.client("ZADD", keys.outbox, 1, "w|0|1")
+    return _move(keys, "begin", 0, 1, 5)
+
+
+@case("workflow_move", "finish before many")
+def _(w: World, n: int) -> Case:
+    return _move(_workflow(w, n), "finish", 0, 1, 5, "completed", "r", "", untouched=frozenset({2, 5, 6, 7}))
+
+
+@case("workflow_move", "finish the last")
+def _(w: World, n: int) -> Case:
+    return _move(_workflow(w, 0), "finish", 0, 1, 5, "completed", "r", "", untouched=frozenset({4, 6}))
+
+
+@case("workflow_move", "grow")
+def _(w: World, n: int) -> Case:
+    items = [part for k in range(n) for part in ("p", "f", f"s0[{k}]")]
+    return _move(_workflow(w, 1), "grow", 0, 1, 5, 0, n, *items, "", untouched=frozenset({2, 5, 6, 7}))
+
+
+@case("workflow_move", "signal")
+def _(w: World, n: int) -> Case:
+    waits = {"running": 0, "q:0": "W 1 1 5 0 0 1 0 0", "w:0": "signal again 0 s", "a:s": "0"}
+    return _move(_workflow(w, n, **waits), "signal", "s", "v", "token", "d")
+
+
+@case("workflow_save", "by hand")
+def _(w: World, n: int) -> Case:
+    keys = _workflow(w, n, driven=0)
+    written = [part for i in range(n) for part in (f"r:{i}", "x")]
+    args = ["w", "t:7", "mine", HOUR, "failed", n, *written, 1, "q:0", 1, "c:b", "2", 1, "c:a"]
+    return Case([*keys.scripted("w")], args, untouched=frozenset({4, 6}))
+
+
+@case("workflow_due", "overdue")
+def _(w: World, n: int) -> Case:
+    keys = WorkflowKeys(w.queue)
+    for i in range(0, n, 1_000):
+        w.client("ZADD", keys.outbox, *(part for k in range(i, min(n, i + 1_000)) for part in (1, f"w|{k}|1")))
+    return Case([keys.outbox], [n, 5_000])
+
+
+@case("workflow_emit", "an event")
+def _(w: World, n: int) -> Case:
+    return Case([*_workflow(w, 1).scripted("w")], ["progress", 0, "d"], untouched=frozenset({2, 4, 5, 6, 7}))
 
 
 ALL = [(name, situation) for name, situations in CASES.items() for situation in situations]

@@ -381,9 +381,9 @@ async def test_no_key_is_left_without_need(manager, redis_url):
         await settled(queue)
     for key in await manager.client.keys("*"):
         name = key.decode()
-        permanent = name in queue.keys.lanes or name == queue.keys.counters
+        permanent = name in queue.keys.streams or name == queue.keys.counters
         assert permanent or await manager.client.pttl(key) > 0, f"{name} has no time to live"
-    for lane in queue.keys.lanes:
+    for lane in queue.keys.streams:
         assert await manager.client.xlen(lane) == 0
     await queue.close()
 

@@ -16,9 +16,10 @@ import time
 import pytest
 
 from orchestra import _execution, _lifecycle
-from orchestra import agents as agents_module
 from orchestra import dispatcher as engine
+from orchestra._agents import registry as agents_module
 from orchestra._lifecycle import Service
+from orchestra._pool.slots import Slot
 from orchestra.agents import AgentRegistry
 from orchestra.dispatcher import Dispatcher
 from orchestra.errors import (
@@ -30,7 +31,7 @@ from orchestra.errors import (
     WorkerPoolError,
     WrongLoopError,
 )
-from orchestra.orchestration_worker_pool import OrchestrationWorkerPoolConfig, QueueWorkerPool, Slot
+from orchestra.orchestration_worker_pool import OrchestrationWorkerPoolConfig, QueueWorkerPool
 from orchestra.scheduler import PriorityScheduler
 from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import Cancellation, Outcome, Retry, RetryBudget, TaskPriority
@@ -50,7 +51,7 @@ async def queue(manager):
 @pytest.fixture
 def quickly_stuck(monkeypatch):
     """An agent counts as stuck a moment after it was interrupted."""
-    monkeypatch.setattr(engine, "STUCK_AFTER", 0.1)
+    monkeypatch.setattr("orchestra._dispatch.running.STUCK_AFTER", 0.1)
     monkeypatch.setattr("orchestra._dispatch.stuck.STUCK_AFTER", 0.1)
 
 
@@ -88,7 +89,7 @@ async def letters_of(queue):
 async def give_back(queue):
     """Release what dead consumers hold, as if their leases had run out."""
     left = await queue.reclaim("survivor", 1000, 0)
-    await queue.settle([(delivery, engine.RELEASED.verdict) for delivery in left])
+    await queue.settle([(delivery, _execution.RELEASED.verdict) for delivery in left])
 
 
 class Stubborn:
@@ -379,7 +380,7 @@ async def test_what_waits_in_the_worker_is_cancelled_without_being_started(queue
         await until(lambda: dispatcher.held == 2)
         assert started == ["t0"]
         assert await queue.cancel("t1", sent[1].message_id) is Cancellation.REQUESTED
-        await until(lambda: dispatcher._cancels)
+        await until(lambda: dispatcher._deliveries._cancels)
         gate.set()
         record = await queue.wait_result("t1", 20)
         stats = await settled(queue)
@@ -819,7 +820,7 @@ async def test_attempts_are_counted_whatever_crashes_between_them(queue, agents,
                 crashes += 1
         (delivery,) = await lost.reclaim("survivor", 1, 0)
         crashes += 1
-        await lost.settle([(delivery, engine.RELEASED.verdict)])
+        await lost.settle([(delivery, _execution.RELEASED.verdict)])
     async with Dispatcher(queue, agents=agents):
         stats = await settled(queue)
     letter = (await letters_of(queue))["t"]
@@ -902,7 +903,7 @@ async def test_no_worker_is_needed_for_delayed_tasks_to_become_due(queue, agents
                 await asyncio.sleep(0.01)
         for delivery in [each for lane in other.held for each in lane.values()]:  # as if its lease had run out
             delivery.abandoned = True
-            lane, entry = other.keys.lanes[delivery.lane], delivery.entry
+            lane, entry = other.keys.streams[delivery.stream], delivery.entry
             await manager.client.xclaim(lane, "workers", first.consumer, 0, [entry], idle=60_000, justid=True)
         first._draining = True
         stats = await settled(queue)

@@ -69,7 +69,7 @@ async def test_it_counts_scripts_by_name_and_knows_roles(redis_url):
         seen = []
         proxy.observers.append(lambda direction, command: seen.append((direction, command.names[0])))
         assert await queue.get_queue_depth() == 3
-        assert seen == [("up", "XLEN")] * 4 + [("up", "ZCARD")] + [("down", "XLEN")] * 4 + [("down", "ZCARD")]
+        assert seen == [("up", "XLEN")] * 8 + [("up", "ZCARD")] + [("down", "XLEN")] * 8 + [("down", "ZCARD")]
         await queue.close()
 
 

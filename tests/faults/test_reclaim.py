@@ -213,7 +213,7 @@ async def test_b19_what_others_trim_is_counted_and_told(manager):
     client, lane = manager.client, queue.keys.lanes[2]
     await queue.produce_many([{"id": f"t{n}", "type": "x"} for n in range(6)])
     first = await queue.read("c", 2, 100)
-    ghosts = await call(client, "take", queue.keys.lanes, (queue.group, "c", 2))
+    ghosts = await call(client, "take", queue.keys.streams, (queue.group, "c", 2))
     rest = await queue.read("d", 2, 100)
     for delivery in rest:
         await client.xclaim(lane, queue.group, "d", 0, [delivery.entry], idle=60_000, justid=True)
@@ -353,7 +353,7 @@ async def test_c7_only_what_this_object_missed_is_a_ghost(manager):
     queue = queue_for(manager)
     held = await queue.read("c", 50, 100)
     for _ in range(3):
-        await call(manager.client, "take", queue.keys.lanes, (queue.group, "c", 400))
+        await call(manager.client, "take", queue.keys.streams, (queue.group, "c", 400))
     queue._intake._consumers["c"].ghosts.suspect()
     found, sizes = [], []
     while len(found) < 1200:
@@ -430,12 +430,12 @@ async def test_e1_a_consumer_with_pending_entries_is_never_deleted(manager):
     refused = 0
     reading = asyncio.create_task(read())
     while not reading.done():
-        held = await call(client, "retire", (*queue.keys.lanes, queue.keys.consumers), (queue.group, "c"))
+        held = await call(client, "retire", (*queue.keys.streams, queue.keys.consumers), (queue.group, "c"))
         refused += held > 0
     await reading
     assert refused, "the race did happen"
     assert (await settled(queue)).counters == {"produced": 400, "completed": 400}
-    assert await call(client, "retire", (*queue.keys.lanes, queue.keys.consumers), (queue.group, "c")) == 0
+    assert await call(client, "retire", (*queue.keys.streams, queue.keys.consumers), (queue.group, "c")) == 0
     assert await client.xinfo_consumers(queue.keys.lanes[2], queue.group) == []
     await queue.close()
 
@@ -470,7 +470,7 @@ async def test_e2_names_of_long_dead_consumers_are_forgotten(manager):
     await queue.produce_many([{"type": "x"} for _ in range(5)])
     names = [f"other-host.{n}" for n in range(500)]
     for n, name in enumerate(names):
-        await call(client, "take", queue.keys.lanes, (queue.group, name, 1 if n < 5 else 0))
+        await call(client, "take", queue.keys.streams, (queue.group, name, 1 if n < 5 else 0))
         await client.xreadgroup(queue.group, name, {queue.keys.lanes[3]: ">"}, count=1)
         await call(client, "promote", _promote_keys(queue), (0, name, "inf"))
     now_ms = round(queue.now() * 1000)
@@ -481,7 +481,7 @@ async def test_e2_names_of_long_dead_consumers_are_forgotten(manager):
             queue._upkeep._reap_at = 0.0
             await queue.maintain("alive", 0)
     assert sum(facts["count"] for _, facts in seen) == 495
-    left = {row["name"] for lane in queue.keys.lanes for row in await client.xinfo_consumers(lane, queue.group)}
+    left = {row["name"] for lane in queue.keys.streams for row in await client.xinfo_consumers(lane, queue.group)}
     assert left == {name.encode() for name in names[:5]}
     assert (await queue.stats()).consumers == 6
     assert sum((await queue.stats()).in_flight) == 5
@@ -490,7 +490,7 @@ async def test_e2_names_of_long_dead_consumers_are_forgotten(manager):
 
 def _promote_keys(queue):
     keys = queue.keys
-    return (*keys.lanes, keys.delayed, keys.bodies, keys.counters, keys.consumers, keys.cancels)
+    return (*keys.streams, keys.delayed, keys.bodies, keys.counters, keys.consumers, keys.cancels)
 
 
 async def test_e2_names_that_no_tick_has_told_of_are_forgotten_too(manager, monkeypatch):
@@ -498,7 +498,7 @@ async def test_e2_names_that_no_tick_has_told_of_are_forgotten_too(manager, monk
     queue, client = queue_for(manager), manager.client
     await queue._intake.group.ensure()
     await queue.produce_many([{"type": "x"} for _ in range(1)])
-    await call(client, "take", queue.keys.lanes, (queue.group, "busy", 1))
+    await call(client, "take", queue.keys.streams, (queue.group, "busy", 1))
     for n in range(20):
         await client.xgroup_createconsumer(queue.keys.lanes[n % 4], queue.group, f"stray{n}")
     await until(lambda: _all_idle(client, queue, 20))
@@ -512,11 +512,11 @@ async def test_e2_names_that_no_tick_has_told_of_are_forgotten_too(manager, monk
 
 
 async def _consumers(client, queue):
-    return {row["name"] for lane in queue.keys.lanes for row in await client.xinfo_consumers(lane, queue.group)}
+    return {row["name"] for lane in queue.keys.streams for row in await client.xinfo_consumers(lane, queue.group)}
 
 
 async def _all_idle(client, queue, ms):
-    rows = [row for lane in queue.keys.lanes for row in await client.xinfo_consumers(lane, queue.group)]
+    rows = [row for lane in queue.keys.streams for row in await client.xinfo_consumers(lane, queue.group)]
     return all(row["idle"] > ms for row in rows if row["name"] != b"busy")
 
 

@@ -92,7 +92,7 @@ async def _places(queue, admin):
     from orchestra.serialization import decode_header
 
     places = {}
-    for lane in queue.keys.lanes:
+    for lane in queue.keys.streams:
         for _, fields in await admin.xrange(lane):
             places.setdefault(decode_header(fields[b"t"]).id, []).append("lane")
     for member in await admin.zrange(queue.keys.delayed, 0, -1):

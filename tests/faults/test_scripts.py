@@ -25,8 +25,9 @@ from tests.reference.keyspace import Plain, ReplyError
 
 LUA = Path(__file__).parents[2] / "orchestra" / "lua"
 SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
-REFUSED_WHEN_FULL = {"produce", "lock_acquire", "memory_append", "memory_commit", "breaker"}
-REFUSED_WHEN_FULL |= {"gcra", "gcra_return", "gcra_set", "gcra_note"}
+REFUSED_WHEN_FULL = {"produce", "lock_acquire", "memory_append", "memory_commit", "memory_note", "breaker"}
+REFUSED_WHEN_FULL |= {"gcra", "gcra_return", "gcra_set", "gcra_note", "gcra_refused"}
+REFUSED_WHEN_FULL |= {"workflow_make", "workflow_save", "workflow_emit"}
 """Scripts that add for good. Every other one ends or moves something, which must go on when memory is full."""
 COMMAND = re.compile(r"redis\.p?call\('([A-Z]+)'(?:, '(CREATE|DELCONSUMER)')?")
 
@@ -76,10 +77,14 @@ WRONG = {
 def right_types(world: World, keys: list[str]) -> dict[str, str]:
     """What each key is in the product, by its name."""
     k = world.keys
-    types = dict.fromkeys([*k.lanes, k.dlq], "stream") | dict.fromkeys([k.delayed, k.consumers, k.cancels], "zset")
+    types = dict.fromkeys([*k.streams, k.dlq], "stream") | dict.fromkeys([k.delayed, k.consumers, k.cancels], "zset")
     types |= dict.fromkeys([*k.dedup, *k.tokens, k.counters, k.bodies, _keys.memory("space", "tasks")[0]], "hash")
     types |= dict.fromkeys([_keys.limit_settings(), _keys.limit_names(), _keys.breaker("tasks")], "hash")
+    types |= dict.fromkeys([_keys.limit_refusals(), _keys.breaker_resets("tasks"), _keys.breaker("unknown")], "hash")
     types[_keys.memory("space", "tasks")[1]] = "list"
+    types[_keys.memory_names("tasks")] = "zset"
+    kinds = ("hash", "hash", "stream", "zset", "stream", "zset", "zset")
+    types |= dict(zip(_keys.WorkflowKeys("tasks").scripted("w"), kinds, strict=True))
     return {key: types.get(key, "string") for key in keys}
 
 
@@ -115,7 +120,7 @@ def received(reply):
 
 
 def pending_in(world):
-    lanes = [content for _, content in (keyspace.logical(world.client)[key] for key in world.keys.lanes)]
+    lanes = [content for _, content in (keyspace.logical(world.client)[key] for key in world.keys.streams)]
     groups = [lane[1].get(GROUP, {}) if isinstance(lane, tuple) else {} for lane in lanes]
     return {(number, entry) for number, rows in enumerate(groups) for entry in rows}
 
@@ -144,7 +149,7 @@ AGAIN = {
     "produce everything": lambda first, second: check_expansion(first, second),
     "produce own ids": lambda first, second: check_equal(second, [b"=2:" + entry for entry in first]),
     "produce one": lambda first, second: check_equal(second, [b"!", b"2 " + first[0] + b" 1"]),
-    "promote due in every lane": lambda first, second: check_equal((first[0], second[0]), (8, 0)),
+    "promote due in every lane": lambda first, second: check_equal((first[0], second[0]), (16, 0)),
     "take a favoured lane": again_nothing,
     "take every lane": again_nothing,  # the first reply is lost: those are ghosts now, and reconcile hands them out
     "complete the oldest": again_stale,
@@ -153,6 +158,7 @@ AGAIN = {
     "complete_result held": again_stale,
     "cancelled held": again_stale,
     "retry with a delay": again_stale,
+    "retry throttled": again_stale,
     "retry at once": again_stale,
     "dead_letter held": again_stale,
     "replay dead": again_nothing,
@@ -172,22 +178,41 @@ AGAIN = {
     "breaker a probe that succeeds": lambda first, second: check_equal(second[:2], first[:2]),
     "breaker opening": again_same_era,
     "breaker permit": again_same,
+    "breaker_look one that is open and one that nobody knows": lambda first, second: check_equal(second[1:], first[1:]),
     "lock_acquire free": again_same,
     "lock_acquire held by us": again_same,
     "lock_extend held": again_same,
     "lock_release held": again_nothing,
     "memory_append at its position": again_same,
     "memory_commit at its version": again_same,
+    "memory_note a new name": again_same,
+    "memory_forget names that were not written again": again_nothing,
+    "workflow_make a plan": again_same,
+    "workflow_move begin": again_same,
+    "workflow_move finish before many": lambda first, second: again_repeated(first, second),
+    "workflow_move finish the last": lambda first, second: again_repeated(first, second),
+    "workflow_move grow": lambda first, second: again_repeated(first, second),
+    "workflow_move signal": lambda first, second: check_equal(second[:2], [1, b"repeated"]),
+    "workflow_save by hand": again_same,
+    "workflow_due overdue": again_nothing,
 }
 """What a script answers when it is called once more because its first reply was lost."""
 NOT_REPEATABLE = {
     "gcra two cells": "consumes again: it errs towards refusing, as its header says",
+    "workflow_emit an event": "tells the same twice, as its header says",
+    "gcra_refused some": "counts again, for display, as its header says",
     "gcra_set another rate": "sets the same under a newer version, as its header says",
 }
 
 
 def check_equal(one, other):
     assert one == other
+
+
+def again_repeated(first, second):
+    """Nothing more, and what may be sent is told again."""
+    assert second[:2] == [1, b"repeated"]
+    assert second[2:] == first[2:]
 
 
 def check_expansion(first, second):
@@ -204,7 +229,7 @@ def test_a_script_may_be_repeated_after_a_lost_reply(name, situation, client):
     assert (label in AGAIN) != (label in NOT_REPEATABLE), "say what its second answer is"
     world = World(client)
     case = CASES[name][situation](world, 2)
-    timed = (world.keys.consumers, world.keys.cancels)
+    timed = (world.keys.consumers, world.keys.cancels, _keys.memory_names(world.queue))
     first = world.call(name, case)
     once = keyspace.logical(client, timed)
     second = world.call(name, case)
@@ -252,8 +277,9 @@ FRAME = b"\x94\x01"
 def tasks_in(world: World) -> set[bytes]:
     """Every task that is somewhere: in a lane, delayed, or dead."""
     k = world.keys
-    rows = world.client.many([("XRANGE", key, "-", "+") for key in (*k.lanes, k.dlq)])
-    frames = [fields[1] for entries in rows for _, fields in entries] + world.client("HVALS", k.bodies)
+    rows = world.client.many([("XRANGE", key, "-", "+") for key in (*k.streams, k.dlq)])
+    frames = [fields[1] for entries in rows for _, fields in entries]
+    frames += [body[: -1 if body[0] == 0x96 else None] for body in world.client("HVALS", k.bodies)]
     return {frame.partition(FRAME)[2] for frame in frames}
 
 
@@ -444,7 +470,7 @@ def best_ms(world: World, name: str, make, times: int = 7) -> float:
 def test_a_huge_queue_does_not_make_a_script_slow(huge, client):
     """G9 B22: with 200,000 in flight and 200,000 delayed, the time of each call is bounded by its batch."""
     k = huge.keys
-    promote = Case([*k.lanes, k.delayed, k.bodies, k.counters, k.consumers, k.cancels], [200, ME, 99_990])
+    promote = Case([*k.streams, k.delayed, k.bodies, k.counters, k.consumers, k.cancels], [200, ME, 99_990])
     assert best_ms(huge, "promote", lambda _: promote) < 10
     assert client("ZCARD", k.delayed) == HUGE - 7 * 200
     reclaim = Case([k.lanes[2], k.counters], [GROUP, ME, 2, HOUR, 100, 100, "", 0, 0])
@@ -456,7 +482,7 @@ def test_a_huge_queue_does_not_make_a_script_slow(huge, client):
     assert best_ms(huge, "cancel", lambda n: cancel_call(huge, f"nobody{n}")) < 5
     assert best_ms(huge, "cancel", lambda n: cancel_call(huge, f"m{HUGE - n}")) < 5
     assert client("ZCARD", k.delayed) == HUGE - 7 * 200 - 7, "those that were delayed are gone"
-    assert best_ms(huge, "retire", lambda _: Case([*k.lanes, k.consumers], [GROUP, "m1"])) < 5
+    assert best_ms(huge, "retire", lambda _: Case([*k.streams, k.consumers], [GROUP, "m1"])) < 5
 
 
 def test_the_statistics_of_a_huge_queue_cost_nothing(huge, client, redis_url):

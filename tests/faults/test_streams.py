@@ -64,7 +64,7 @@ class Watcher(threading.Thread):
 
     def look(self, client):
         commands = [("MULTI",)]
-        for lane in KEYS.lanes:
+        for lane in KEYS.streams:
             commands += [
                 ("XRANGE", lane, "-", "+"),
                 ("XPENDING", lane, GROUP, "-", "+", 100_000),
@@ -123,7 +123,7 @@ async def test_a_stream_holds_what_waits_and_what_is_in_flight_and_nothing_else(
     assert watcher.looks > 5
     assert watcher.most > 0
     assert stats.counters["produced"] == 1500 == stats.counters["completed"] + stats.counters["dead"]
-    for lane in KEYS.lanes:
+    for lane in KEYS.streams:
         assert client("XLEN", lane) == client("XPENDING", lane, GROUP)[0] == 0
         assert client("MEMORY", "USAGE", lane) < 4096, "no nodes are left behind"
     await queue.close()
@@ -160,7 +160,7 @@ async def test_four_full_lanes_never_bring_more_than_was_asked_for(manager, clie
         assert 0 < len(got) <= count
         lanes += [delivery.lane for delivery in got]
         held += got
-        in_flight = sum(client("XPENDING", lane, GROUP)[0] for lane in KEYS.lanes)
+        in_flight = sum(client("XPENDING", lane, GROUP)[0] for lane in KEYS.streams)
         assert in_flight == len(held)
     assert lanes.count(0) >= min(100, len(lanes) / 2)
     await queue.close()
@@ -182,7 +182,7 @@ async def test_a_worker_holds_no_more_than_its_capacity(manager, client):
             while len(running) < 4:
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.3)  # several turns of the reader, each of which could ask for too much
-        in_flight = sum(client("XPENDING", lane, GROUP)[0] for lane in KEYS.lanes)
+        in_flight = sum(client("XPENDING", lane, GROUP)[0] for lane in KEYS.streams)
         assert in_flight <= 4 + dispatcher._prefetch.size
         assert dispatcher._prefetch.size <= 4
         assert len(running) == 4

@@ -8,9 +8,11 @@ from collections import Counter
 
 import pytest
 
+from orchestra.agents import LimitUse
 from orchestra.circuit_breaker import CircuitBreakerConfig, CircuitState
 from orchestra.dispatcher import Dispatcher
-from orchestra.errors import RetryLater, Throttled, UnknownAgentError
+from orchestra.errors import ConfigurationError, RetryLater, Throttled, UnknownAgentError
+from orchestra.flow_control import BackpressureConfig, RateLimitConfig, RedisRateLimiter
 from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import Outcome, Retry
 from tests.integration.waiting import settled, until
@@ -248,3 +250,72 @@ async def test_the_breakers_of_a_worker_are_shown(queue, agents, manager):
                 await asyncio.sleep(0.05)
         assert "ask/a" in str(shown)
         assert dispatcher.consumer in str(shown)
+
+
+def limit(manager, name, rate, burst, **options):
+    config = BackpressureConfig(rate_limit=RateLimitConfig(rate=rate, burst=burst), **options)
+    return RedisRateLimiter(name, config, manager=manager)
+
+
+async def test_a_limit_of_one_replica_counts_for_it_alone(queue, agents, manager):
+    """One of two endpoints gives 5 calls: the other takes over all the rest, nobody is charged, and weights hold before."""
+    narrow = limit(manager, "narrow", 0.01, 5)
+    replicas = Replicas(queue, agents, {"wide": 1})
+    replicas.of["narrow"] = agents.register(
+        "ask", replicas._agent("narrow"), worker_id="narrow", own_limits=[LimitUse(narrow)]
+    )
+    async with Dispatcher(queue, agents=agents, max_concurrent_dispatch=1) as dispatcher:
+        assert await replicas.send(10) == {"wide": 5, "narrow": 5}
+        assert await replicas.send(30) == {"wide": 30}
+        assert dispatcher.outcomes == {Outcome.COMPLETED: 40}
+        assert narrow.metrics.calls <= 7, "what is known to be refused is not asked"
+    assert set(replicas.attempts) == {1}
+    assert [replica.running for replica in replicas.of.values()] == [0, 0]
+
+
+async def test_when_the_limits_of_all_replicas_refuse_tasks_wait_uncharged(queue, agents, manager):
+    """Two endpoints with limits of their own: together they give what both do, in order, and nothing is retried."""
+    replicas = Replicas(queue, agents, {})
+    config = CircuitBreakerConfig(failure_threshold=1, half_open_max_calls=1)
+    for name in "ab":
+        own = [LimitUse(limit(manager, "ask:{replica}", 50.0, 2), key=name)]
+        replicas.of[name] = agents.register(
+            "ask", replicas._agent(name), worker_id=name, own_limits=own, breaker=config, max_concurrency=1
+        )
+    began = time.monotonic()
+    async with Dispatcher(queue, agents=agents) as dispatcher:
+        ran = await replicas.send(40)
+        assert dispatcher.outcomes[Outcome.THROTTLED] > 0
+    took = time.monotonic() - began
+    assert sum(ran.values()) == 40
+    assert max(ran.values()) <= 2 + 50 * took + 1
+    assert set(replicas.attempts) == {1}
+    assert [replica.breaker.state for replica in replicas.of.values()] == [CircuitState.CLOSED] * 2
+    stats = await queue.stats()
+    assert (stats.counters.get("retried", 0), stats.counters.get("dead", 0)) == (0, 0)
+
+
+async def test_a_key_of_a_replicas_limit_that_cannot_be_told_is_the_tasks_failure(queue, agents, manager):
+    own = [LimitUse(limit(manager, "ask:{tenant}", 50.0, 2), key="{tenant}")]
+    agents.register("ask", Replicas(queue, agents, {})._agent("a"), worker_id="a", own_limits=own)
+    await queue.produce({"type": "ask"})
+    async with Dispatcher(queue, agents=agents):
+        await settled(queue)
+    (letter,) = await queue.read_dlq()
+    assert (letter.reason, letter.attempts) == ("bad_limit", 0)
+    with pytest.raises(ConfigurationError, match="own_limits"):
+        agents.register("ask", lambda task: None, own_limits=["narrow"])
+
+
+async def test_a_breaker_that_comes_later_is_shown_too(queue, agents, manager):
+    """An agent registered while the worker runs: its breaker is shown, and shared where its configuration says so."""
+    from orchestra._breakers.exchange import shown_breakers
+
+    agents.register("plain", lambda task: None)
+    async with Dispatcher(queue, agents=agents):
+        late = agents.register("ask", lambda task: None, worker_id="late", breaker=CircuitBreakerConfig(shared=True))
+        async with asyncio.timeout(30):
+            while not (shown := await shown_breakers(manager, "tasks")):
+                await asyncio.sleep(0.05)
+        assert [(each["name"], each["shared"]) for each in shown] == [("ask/late", True)]
+        assert late.breaker.attached

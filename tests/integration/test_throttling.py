@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import AsyncExitStack
 from statistics import median
 
 import pytest
 
 from orchestra import telemetry
+from orchestra._limiting.refusals import per_second
 from orchestra.agents import AgentRegistry, LimitUse
 from orchestra.dispatcher import Dispatcher
 from orchestra.errors import CircuitOpenError, ConfigurationError, Throttled
-from orchestra.flow_control import BackpressureConfig, RateLimitConfig, RedisRateLimiter
+from orchestra.flow_control import BackpressureConfig, RateLimitConfig, RedisRateLimiter, list_limits
 from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import Outcome, Retry
 from tests.integration.waiting import settled, until
@@ -49,12 +51,12 @@ def displaced(order):
 
 
 class Tenants:
-    """Two tenants of one agent on one lane: what of A was started, and how long tasks of B took to start."""
+    """Two tenants of one agent: what of A was started, and how long tasks of B took to start."""
 
-    def __init__(self, queue) -> None:
-        self.queue = queue
+    def __init__(self) -> None:
         self.a: list[tuple[int, int, float]] = []
         self.b: list[float] = []
+        self._sent = 0
 
     async def run(self, task) -> None:
         if task.input["tenant"] == "A":
@@ -62,54 +64,91 @@ class Tenants:
         else:
             self.b.append(time.monotonic() - task.input["sent"])
 
-    async def flood(self, count) -> None:
-        await self.queue.produce_many(
-            [{"id": f"a{n}", "type": "call", "input": {"tenant": "A", "n": n}} for n in range(count)]
-        )
+    async def flood(self, queue, count) -> None:
+        """``count`` more of A, as fast as it goes."""
+        numbers = range(self._sent, self._sent + count)
+        self._sent += count
+        await queue.produce_many([{"id": f"a{n}", "type": "call", "input": {"tenant": "A", "n": n}} for n in numbers])
 
-    async def beat(self, rounds, count=100) -> list[list[float]]:
-        """Send a task of B every 20 ms; their latencies from sending to starting, of each round."""
-        found = []
-        for _ in range(rounds):
-            self.b.clear()
-            for _ in range(count):
-                await self.queue.produce({"type": "call", "input": {"tenant": "B", "sent": time.monotonic()}})
-                await asyncio.sleep(0.02)
-            await until(lambda: len(self.b) == count)
-            found.append(sorted(self.b))
-        return found
+    async def beat(self, queue, count=100, flood=0) -> list[float]:
+        """Send a task of B every 20 ms, and between two of them ``flood`` of A; B's latencies from sending to starting."""
+        self.b = []
+        for _ in range(count):
+            await queue.produce({"type": "call", "input": {"tenant": "B", "sent": time.monotonic()}})
+            await asyncio.sleep(0.01)
+            if flood:
+                await self.flood(queue, flood)
+            await asyncio.sleep(0.01)
+        await until(lambda: len(self.b) == count)
+        return self.b
 
 
 @pytest.mark.slow
 async def test_a_tenants_flood_does_not_delay_another(queue, agents, manager):
-    """Pains 19 and 20: A floods a limited key; B, on the same lane, agent and limit, starts as it does alone.
+    """Pains 19 and 20: A sends 20 times what its key may; B, on the same lane, agent and limit, starts as it does alone.
 
-    Medians over rounds of 100 tasks, so that neither the moment of the flood nor a busy machine decides.
+    Rounds without and with the flood in turn, each p99 over all rounds of its kind. Another process that takes the core for
+    a moment is in either; so it goes on, up to 10 rounds, while too few were seen to tell. 1 ms is what waking a process
+    differs by from one time to the next.
     """
-    rate, burst, flood = 50.0, 10, 2000
+    rate, burst = 50.0, 10
+    calm = RedisStreamTaskQueue("calm", "workers", 30_000, manager=manager)
     limiter = limit(manager, "provider", rate=rate, burst=burst)
-    tenants = Tenants(queue)
+    tenants = Tenants()
     agents.register("call", tenants.run, limits=[LimitUse(limiter, key="{tenant}")], retry=NEVER)
-    async with Dispatcher(queue, agents=agents):
-        await tenants.beat(1, 20)
-        alone = await tenants.beat(3)
-        began = time.monotonic()
-        await tenants.flood(flood)
-        beside = await tenants.beat(5)
-        took = time.monotonic() - began
-        started = list(tenants.a)
-        counters = (await queue.stats()).counters
-    for share, floor in ((0.5, 0.002), (0.99, 0.010)):
-        before, after = (median(each[int(len(each) * share)] for each in rounds) for rounds in (alone, beside))
-        assert after <= max(1.2 * before, before + floor), f"{share}: {before * 1e3:.2f} → {after * 1e3:.2f} ms"
-    order = [n for n, _, _ in started]
-    assert displaced(order) <= 10, "A goes on in its order"
-    assert {attempt for _, attempt, _ in started} == {1}, "throttling consumes no attempt"
-    assert len(order) <= burst + rate * took + 1
-    assert len(order) >= 0.8 * rate * took, "A goes on at its rate"
+    alone, beside, start = [], [], time.monotonic()
+    for rounds in range(1, 11):
+        async with Dispatcher(calm, agents=agents):
+            await tenants.beat(calm, 10)
+            alone += await tenants.beat(calm)
+        async with Dispatcher(queue, agents=agents):
+            await tenants.beat(queue, 10)
+            beside += await tenants.beat(queue, flood=20)
+        if rounds >= 3 and p99(beside) <= 1.2 * p99(alone) + 0.001:
+            break
+    counters = (await queue.stats()).counters
+    await calm.close()
+    facts = f"p99 {p99(alone) * 1e3:.2f} → {p99(beside) * 1e3:.2f} ms in {rounds} rounds"
+    assert p99(beside) <= 1.2 * p99(alone) + 0.001, facts
+    assert median(beside) <= 1.2 * median(alone) + 0.001, facts
+    order = [n for n, _, _ in tenants.a]
+    assert {attempt for _, attempt, _ in tenants.a} == {1}, "throttling consumes no attempt"
+    assert 0 < len(order) <= burst + rate * (time.monotonic() - start)
     assert (counters.get("retried", 0), counters.get("dead", 0)) == (0, 0)
-    assert flood - 2 * burst <= counters["throttled"] <= 3 * flood
-    assert limiter.metrics.rejected < flood / 2, "those behind a parked key do not ask"
+    assert counters["throttled"] >= 2000 * rounds - len(order)
+
+
+@pytest.mark.slow
+async def test_a_flood_is_in_the_way_only_while_it_is_refused(queue, agents, manager):
+    """2,000 of A at once, before B in its lane: B waits while they are read and refused, not much longer than no-ops take."""
+    limiter = limit(manager, "provider", rate=50.0, burst=10)
+    tenants, done = Tenants(), []
+    agents.register("call", tenants.run, limits=[LimitUse(limiter, key="{tenant}")], retry=NEVER)
+
+    async def nothing(task):
+        done.append(1)
+
+    agents.register("nothing", nothing, retry=NEVER)
+    async with Dispatcher(queue, agents=agents, drain_timeout=0.0):
+        await tenants.beat(queue, 10)
+        ratios = []
+        for rounds in range(1, 6):
+            began = time.monotonic()
+            await queue.produce_many([{"type": "nothing"} for _ in range(2000)])
+            await until(lambda rounds=rounds: len(done) == 2000 * rounds)
+            plain = time.monotonic() - began
+            began = time.monotonic()
+            await tenants.flood(queue, 2000)
+            await tenants.beat(queue, 1)
+            ratios.append((time.monotonic() - began) / plain)
+        started = list(tenants.a)
+        await tenants.beat(queue, 5)
+    counters = (await queue.stats()).counters
+    assert min(ratios) <= 5, f"B started after {ratios} times what 2,000 no-ops take"
+    assert displaced([n for n, _, _ in started]) <= 10, "A goes on in its order"
+    assert {attempt for _, attempt, _ in started} == {1}
+    assert counters["throttled"] <= 5 * 3 * 2000
+    assert limiter.metrics.rejected < 2000, "those behind a parked key do not ask"
 
 
 async def test_everything_of_a_parked_key_runs_in_order_and_at_its_rate(queue, agents, manager):
@@ -309,3 +348,62 @@ async def test_a_limit_that_cannot_be_asked_refuses_and_costs_no_attempt(queue, 
     stats = await queue.stats()
     assert ran == [1]
     assert (stats.counters.get("dead", 0), stats.counters.get("retried", 0), stats.live) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+async def test_who_was_throttled_goes_before_those_behind_it(queue, agents, manager, workers):
+    """1,000 tasks wait; the first ones of a key are refused, and start when it opens, before those behind them.
+
+    The others stand still until all of the key are due: what starts then is first what the workers held already, then the
+    key, whatever the machine does.
+    """
+    limiter = limit(manager, "provider", rate=5.0, burst=10)
+    started, gate = [], asyncio.Event()
+
+    async def agent(task):
+        started.append(task.id)
+        if task.type == "other":
+            await gate.wait()
+
+    agents.register("key", agent, limits=[LimitUse(limiter, key="k")], retry=NEVER)
+    agents.register("other", agent, retry=NEVER)
+    tasks = [{"id": f"key{n}", "type": "key"} for n in range(10)]
+    tasks += [{"id": f"other{n}", "type": "other"} for n in range(990)]
+    async with AsyncExitStack() as stack:
+        made = [Dispatcher(queue, agents=agents, max_concurrent_dispatch=1) for _ in range(workers)]
+        for dispatcher in made:
+            await stack.enter_async_context(dispatcher)
+        assert await limiter.acquire(cost=10, key="k")
+        await queue.produce_many(tasks)
+        full = time.monotonic() + 10 / 5.0 + 0.1  # then all of the key may start
+        await until(lambda: sum(name.startswith("other") for name in started) == workers)
+        while (await queue.stats()).delayed or time.monotonic() < full:
+            await asyncio.sleep(0.01)
+        held = sum(dispatcher.held for dispatcher in made)
+        before, refused = len(started), sum(dispatcher.outcomes[Outcome.THROTTLED] for dispatcher in made)
+        gate.set()
+        stats = await settled(queue)
+    assert refused > 0
+    assert 0 < held <= 2 * workers
+    assert sorted(started) == sorted([*(f"key{n}" for n in range(10)), *(f"other{n}" for n in range(990))])
+    late = max(started.index(f"key{n}") for n in range(10))
+    assert late < before + held + 10, f"of 990 tasks behind them, {late - 9} started before the last of the key"
+    assert (stats.counters.get("retried", 0), stats.counters.get("dead", 0)) == (0, 0)
+
+
+async def test_refusals_a_second_are_listed(queue, agents, manager):
+    """Of what was asked and of what was parked without asking, over all processes; forgotten when it is over."""
+    limiter = limit(manager, "provider", rate=0.01, burst=1)
+    agents.register("call", lambda task: None, limits=[LimitUse(limiter, key="k")], retry=NEVER)
+    await queue.produce_many([{"type": "call"} for _ in range(101)])
+    async with Dispatcher(queue, agents=agents, drain_timeout=0.0) as dispatcher:
+        await until(lambda: dispatcher.outcomes[Outcome.THROTTLED] == 100)
+        async with asyncio.timeout(30):
+            while not (status := (await list_limits(manager=manager))[0]).refused:
+                await asyncio.sleep(0.05)
+    assert (status.name, status.rate) == ("provider", 0.01)
+    assert 0 < status.refused <= 10.0
+    assert per_second("100 40 60", 1000.0) == 10.0
+    assert per_second("100 40 60", 1005.0) == 7.0
+    assert per_second("100 40 60", 1015.0) == 2.0
+    assert per_second("100 40 60", 1020.0) == 0.0

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LANES = 4
+STREAMS = 2 * LANES
+"""A lane, and with its number and 4 what stands before it."""
 
 
 @dataclass(eq=False)
@@ -54,11 +56,12 @@ class Delayed:
     due: tuple[float, float]
     entry: Entry
     lane: int
+    front: bool = False
 
     @property
-    def packed(self) -> tuple[int, int, int, int, bytes]:
+    def packed(self) -> tuple[int | bytes, ...]:
         e = self.entry
-        return (self.lane, e.retries, e.before, e.generation, e.frame)
+        return (self.lane, e.retries, e.before, e.generation, e.frame, *((1,) if self.front else ()))
 
 
 @dataclass(eq=False)
@@ -80,9 +83,9 @@ class Model:
 
     now: tuple[int, int] = (0, 0)
     bucket: int = 0
-    lanes: list[list[Entry]] = field(default_factory=lambda: [[] for _ in range(LANES)])
-    pending: list[dict[bytes, Row]] = field(default_factory=lambda: [{} for _ in range(LANES)])
-    waiting: list[list[Entry]] = field(default_factory=lambda: [[] for _ in range(LANES)])
+    lanes: list[list[Entry]] = field(default_factory=lambda: [[] for _ in range(STREAMS)])
+    pending: list[dict[bytes, Row]] = field(default_factory=lambda: [{} for _ in range(STREAMS)])
+    waiting: list[list[Entry]] = field(default_factory=lambda: [[] for _ in range(STREAMS)])
     delayed: list[Delayed] = field(default_factory=list)
     dead: list[Dead] = field(default_factory=list)
     dedup: list[dict[str, Any]] = field(default_factory=lambda: [{}, {}])
@@ -93,7 +96,7 @@ class Model:
     marks: dict[str, tuple[float, float]] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     grouped: bool = False
-    consumers: list[set[str]] = field(default_factory=lambda: [set() for _ in range(LANES)])
+    consumers: list[set[str]] = field(default_factory=lambda: [set() for _ in range(STREAMS)])
     """Per lane, names that the group may know: it must know those that hold something."""
 
     # -- helpers
@@ -115,7 +118,7 @@ class Model:
         return row is not None and (row.consumer, row.count) == (consumer, count)
 
     def live(self) -> int:
-        gone = sum(1 for lane in range(LANES) for entry_id in self.pending[lane] if not self.find(lane, entry_id))
+        gone = sum(1 for lane in range(STREAMS) for entry_id in self.pending[lane] if not self.find(lane, entry_id))
         return sum(map(len, self.lanes)) + len(self.delayed) + gone
 
     def adds_up(self) -> bool:
@@ -150,19 +153,25 @@ class Model:
             self.counters["produced"] += 1
         return out
 
-    def _delay(self, task_id: str, second: str | None, entry: Entry, lane: int, delay: float) -> None:
+    def _delay(
+        self, task_id: str, second: str | None, entry: Entry, lane: int, delay: float, *, front: bool = False
+    ) -> None:
         """Under its id, or if that is taken under ``second`` (None: a name that is not known yet)."""
         member = second if any(d.member == task_id for d in self.delayed) else task_id
-        self.delayed.append(Delayed(member, (self.now[0] + delay, self.now[1] + delay + 1), entry, lane))
+        self.delayed.append(Delayed(member, (self.now[0] + delay, self.now[1] + delay + 1), entry, lane, front))
 
     def take(self, consumer: str, count: int, favoured: int | None = None) -> list[tuple[int, Entry]]:
-        """Most urgent lanes first, but for one task of the ``favoured`` lane before them."""
+        """Most urgent lanes first, but for one task of the ``favoured`` lane before them; of each first what is before it."""
         turns = [(lane, count) for lane in range(LANES)]
         found: list[tuple[int, Entry]] = []
-        for lane, most in turns if favoured is None else [(favoured, 1), *turns]:
-            if len(found) < count:
+        for urgent, most in turns if favoured is None else [(favoured, 1), *turns]:
+            had = len(found)
+            for lane in (urgent + LANES, urgent):
+                room = min(most - (len(found) - had), count - len(found))
+                if room <= 0:
+                    continue
                 self.consumers[lane].add(consumer)
-                part = self.waiting[lane][: min(most, count - len(found))]
+                part = self.waiting[lane][:room]
                 del self.waiting[lane][: len(part)]
                 for entry in part:
                     self.pending[lane][entry.id] = Row(consumer, 1, self.now)
@@ -206,11 +215,12 @@ class Model:
         if task in self.marks and entry.ms <= self.marks[task][0]:
             return None
         retries = entry.retries + (counter == "retried")
+        front = counter != "retried"
         moved = Entry(task, entry.frame, retries, entry.before + count, entry.generation, True)
         if delay:
-            self._delay(task, f"{task} {entry_id.decode()}", moved, lane, delay)
+            self._delay(task, f"{task} {entry_id.decode()}", moved, lane % LANES, delay, front=front)
         else:
-            self.add(lane, moved)
+            self.add(lane % LANES + LANES * front, moved)
         self._remove(lane, entry_id)
         self.counters[counter] += 1
         return True
@@ -229,7 +239,7 @@ class Model:
             return False
         attempts, reason, error = verdict
         kept = self.find(lane, entry_id) or Entry(entry.task, entry.frame)  # the caller's copy has no generation
-        self.dead.append(Dead(kept, lane, entry_id, attempts, reason, error))
+        self.dead.append(Dead(kept, lane % LANES, entry_id, attempts, reason, error))
         if wanted:
             record = {"id": entry.task, "outcome": "dead", "reason": reason, "attempts": attempts}
             self.results[entry.task] = record
@@ -256,7 +266,7 @@ class Model:
         for delayed in due:
             entry = delayed.entry
             entry.moved = (entry.retries, entry.before, entry.generation) != (0, 0, 0)
-            self.add(delayed.lane, entry)
+            self.add(delayed.lane + LANES * delayed.front, entry)
             self.delayed.remove(delayed)
         self.alive[consumer] = self.now
         return len(due)
@@ -319,7 +329,7 @@ class Model:
 
     def retire(self, consumer: str) -> int:
         held = 0
-        for lane in range(LANES):
+        for lane in range(STREAMS):
             rows = sum(row.consumer == consumer for row in self.pending[lane].values())
             if not rows:
                 self.consumers[lane].discard(consumer)

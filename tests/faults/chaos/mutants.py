@@ -20,8 +20,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from orchestra import _identity, _scripts, dispatcher, task_queue
+from orchestra import _identity, _scripts, task_queue
 from orchestra._delivery import DONE, Again
+from orchestra._dispatch import running
 from orchestra._queue import leases, upkeep
 from orchestra._redis import link as _link
 from orchestra._redis import wire
@@ -48,9 +49,9 @@ GAP = Script("gap", "return 1")
 POP = Script(
     "pop",
     "local out = {} "
-    "for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', ARGV[1], 'LIMIT', 0, 200)) do "
-    "out[#out + 1] = redis.call('HGET', KEYS[6], m) "
-    "redis.call('ZREM', KEYS[5], m) redis.call('HDEL', KEYS[6], m) end return out",
+    "for _, m in ipairs(redis.call('ZRANGEBYSCORE', KEYS[9], '-inf', ARGV[1], 'LIMIT', 0, 200)) do "
+    "out[#out + 1] = redis.call('HGET', KEYS[10], m) "
+    "redis.call('ZREM', KEYS[9], m) redis.call('HDEL', KEYS[10], m) end return out",
 )
 PUSH = Script(
     "push",
@@ -185,7 +186,7 @@ def _retry_removes_first() -> None:
             await asyncio.sleep(0.5)
             for d in again:
                 args = (d.frame, d.retries + 1, d.before + d.deliveries, d.generation)
-                await link.script(BACK, (self.keys.lanes[d.lane],), args)
+                await link.script(BACK, (self.keys.streams[d.stream],), args)
         return stale
 
     _patch(task_queue.RedisStreamTaskQueue, "settle", settle)
@@ -230,7 +231,7 @@ def _forgets_pending() -> None:
         (names,) = await link.send(wire.pack((("ZRANGE", self._of.keys.consumers, 0, -1),)), 1)
         for name in (raw.decode() for raw in names):
             if name != consumer and _identity.is_dead(name):
-                lanes = [("XGROUP", "DELCONSUMER", lane, self._of.group, name) for lane in self._of.keys.lanes]
+                lanes = [("XGROUP", "DELCONSUMER", lane, self._of.group, name) for lane in self._of.keys.streams]
                 await link.send(wire.pack(lanes), len(lanes))
         return []
 
@@ -259,7 +260,7 @@ def _settle_forgotten() -> None:
             return await real(self, batch)
         except DroppedError:
             for delivery, _ in batch:
-                self.held[delivery.lane].pop(delivery.entry, None)
+                self.held[delivery.stream].pop(delivery.entry, None)
             return []
         finally:
             settling.set(False)
@@ -395,7 +396,7 @@ _ALL = (
     ),
     Mutant(
         "deaf_to_lost_leases",
-        lambda: _patch(dispatcher.Dispatcher, "_lease_lost", lambda self, delivery: None),
+        lambda: _patch(running.Running, "lease_lost", lambda self, delivery: None),
         lambda: _plan(_some(10, "sleep", s=5.0), _stop("renew", 3), zombie_slack=0.8),
         ("zombie",),
         "an agent goes on after its lease was lost",

@@ -114,7 +114,7 @@ class Final:
     """Whether everything had ended within the limit."""
 
 
-PERMANENT = {*KEYS.lanes, KEYS.counters, KEYS.dlq, KEYS.consumers}
+PERMANENT = {*KEYS.streams, KEYS.counters, KEYS.dlq, KEYS.consumers}
 """Keys that may stay for ever; each is bounded by something else."""
 
 
@@ -153,7 +153,7 @@ async def _keyspace(client: Any, final: Final) -> None:
             final.records[key.removeprefix(prefix)] = read_record(await client.get(raw))
         if key not in PERMANENT and await client.pttl(raw) < 0:
             final.no_ttl.append(key)
-    for lane in KEYS.lanes:
+    for lane in KEYS.streams:
         try:
             final.consumers += [row["name"].decode() for row in await client.xinfo_consumers(lane, GROUP)]
         except redis.ResponseError:
@@ -178,7 +178,7 @@ async def wait_quiet(server: Server, seconds: float) -> bool:
     """Until nothing waits, runs or is delayed; False when that takes longer."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        lengths = [await asyncio.to_thread(server.ask, "XLEN", lane) for lane in KEYS.lanes]
+        lengths = [await asyncio.to_thread(server.ask, "XLEN", lane) for lane in KEYS.streams]
         if sum(lengths) + await asyncio.to_thread(server.ask, "ZCARD", KEYS.delayed) == 0:
             return True
         await asyncio.sleep(0.05)
