@@ -16,7 +16,7 @@ import sys
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-MODULES = ("heap", "gcra", "wrr", "codec")
+MODULES = ("heap", "gcra", "wrr", "codec", "step")
 
 
 def switch(name: str) -> bool:

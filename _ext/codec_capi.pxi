@@ -16,6 +16,11 @@ cdef extern from *:
         if (kind == (PyObject *)&PyTuple_Type) return PyTuple_New(n);
         return ((PyTypeObject *)kind)->tp_alloc((PyTypeObject *)kind, n);
     }
+    /* A full tuple of str, int, bytes, bool and float: no cycle can run through it, and a collection need not visit
+       it, of which there may be millions. A subclass with a __dict__ could be part of one. */
+    static CYTHON_INLINE void orc_atomic(PyObject *tuple) {
+        if (Py_TYPE(tuple)->tp_dictoffset == 0) PyObject_GC_UnTrack(tuple);
+    }
     static double orc_double(PyObject *number) { return PyLong_AsDouble(number); }
     """
     int orc_ready(PyObject*) noexcept
@@ -23,6 +28,7 @@ cdef extern from *:
     void* orc_compact(PyObject*) noexcept  # the text of a str made by PyUnicode_New(n, 127): no flags to look at
     double orc_double(PyObject*) noexcept  # of an int that is known to be below 2**64
     PyObject* orc_tuple(PyObject*, Py_ssize_t) noexcept
+    void orc_atomic(PyObject*) noexcept
 
 cdef extern from "Python.h":
     PyTypeObject PyUnicode_Type, PyLong_Type, PyDict_Type, PyList_Type, PyFloat_Type

@@ -71,6 +71,12 @@ cdef Key which_by_text(PyObject* key) noexcept:
     return K_RETRIES if n == 11 and reads(key, S_RETRIES, n) else K_BODY
 
 
+cdef inline bint is_metadata(PyObject* key) noexcept:
+    if key == <PyObject*>S_METADATA:
+        return True
+    return PyUnicode_IS_ASCII(key) and PyUnicode_GET_LENGTH(key) == 8 and reads(key, S_METADATA, 8)
+
+
 cdef inline bint reads(PyObject* key, str name, Py_ssize_t n) noexcept:
     return memcmp(PyUnicode_DATA(key), PyUnicode_DATA(<PyObject*>name), n) == 0
 
@@ -93,6 +99,8 @@ cdef int gather(PyObject* task, Fields* f) except -1:
             raise EncodeTypeError(f"the keys of a task must be str, got {show(<object>key)}")
         k = which(key)
         if k == K_BODY:
+            if key != <PyObject*>S_INPUT and value != Py_None and not PyDict_Check(value) and is_metadata(key):
+                raise EncodeTypeError(f"metadata must be a dict, got {show(<object>value)}", "metadata")
             Py_INCREF(key)
             Py_INCREF(value)
             f.body[f.n] = Entry(key, value)
@@ -256,6 +264,7 @@ cdef object make(type record, object task_id, int lane, object frame, bint own_i
     PyTuple_SET_ITEM(out, 2, constant(<PyObject*>frame))
     PyTuple_SET_ITEM(out, 3, constant(Py_True if own_id else Py_False))
     PyTuple_SET_ITEM(out, 4, constant(<PyObject*>wait))
+    orc_atomic(out)
     result = <object>out
     Py_DECREF(out)
     return result

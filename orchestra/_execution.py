@@ -3,47 +3,39 @@
 ``decode → deadline → agent → gate → replica → attempt → verdict``. Whatever an agent returns or raises becomes one of
 the closed set of outcomes; nothing an agent does can raise out of :meth:`Execution.run` except the worker's own
 cancellation. Knows what one task means; the dispatcher knows how many there are. One event loop; not thread-safe.
-
-A process that an agent forks, and that comes back here instead of ending, is ended: the event loop, its sockets and its
-tasks are the parent's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from orchestra import _backoff, telemetry
-from orchestra._delivery import DONE, Again, Bury, Cancel, Complete, Delivery, Verdict, corrupt_verdict
+from orchestra._agents.services import current_task
+from orchestra._delivery import DONE, RETRY, STEP, Again, Bury, Cancel, Complete, Delivery, Verdict, corrupt_verdict
+from orchestra._dispatch import isolation
 from orchestra._dispatch.admission import BadLimitError, Gate
+from orchestra._dispatch.isolation import Rest, first_step
+from orchestra._dispatch.replicas import BUSY_DELAY, ReplicaChoice, tell_balancer
 from orchestra._limiting.use import Limiter
 from orchestra._pool.executors import Left, leave_child
+from orchestra._pool.slots import Slot
 from orchestra.agents import AgentOptions, AgentRegistry, AgentType, Replica, unknown_agent
-from orchestra.circuit_breaker import CircuitState
-from orchestra.errors import CircuitOpenError, CorruptEntryError, Reject, RetryLater, Throttled
+from orchestra.errors import CircuitOpenError, CorruptEntryError, Reject, RetryLater, Throttled, WaitForSignal
 from orchestra.load_balancer import BaseLoadBalancerStrategy
-from orchestra.orchestration_worker_pool import Slot
 from orchestra.tasks import BaseTask, Outcome, Retry
 
+NOT_MINE = 1.0
+"""Seconds that a task waits which was given back for want of an agent."""
 MISSED = "deadline_missed"
 """Why a task is dead whose ``deadline`` has passed."""
-BUSY_DELAY = 0.05
-"""Seconds a task waits at least when every replica of its agent is full."""
-LEAST_STEP = 0.0005
-"""Seconds between two tasks that come back because every replica was full, at least."""
-PROBED_SHARE = 0.1
-"""Of ``recovery_timeout``: what a task waits at most while probes find out whether a replica works again."""
 TRACEBACK_LINES = 30
-
-current_task: contextvars.ContextVar[BaseTask] = contextvars.ContextVar("orchestra_task")
-"""The task being processed, inside an agent."""
 
 
 class Ended(NamedTuple):
@@ -53,11 +45,21 @@ class Ended(NamedTuple):
     verdict: Verdict
 
 
+class Steps(Protocol):
+    """Who knows what a delivery that is a step of a workflow means. ``guest``: nothing else is his."""
+
+    guest: bool
+
+    async def run(self, execution: Execution, delivery: Delivery, task: BaseTask, slot: Slot) -> Ended:
+        """Process it; ``execution.run(delivery, slot, task)`` runs the agent, with ``task`` as it is by then."""
+
+
 class Execution:
     """Runs deliveries of one dispatcher. ``retry`` counts where neither task nor agent says otherwise.
 
     ``now``: the clock that a task's ``deadline`` is told by. ``hold_back``: asked once a retry for the seconds that it
     has to wait beyond its backoff. ``on_left(left, task)``: a plain function goes on although its task was interrupted.
+    ``steps``: who runs the steps of workflows; without him they are tasks like any other.
     """
 
     def __init__(
@@ -71,30 +73,66 @@ class Execution:
         now: Callable[[], float] = time.time,
         hold_back: Callable[[], float] | None = None,
         on_left: Callable[[Left, BaseTask], None] | None = None,
+        steps: Steps | None = None,
     ) -> None:
         self._queue = queue_name
         self._agents = agents
         self._retry = retry
-        self._balancer_for = balancer_for
         self._gate = Gate(queue_name, limiter)
+        self._choice = ReplicaChoice(self._gate, balancer_for)
         self._now = now
         self._hold_back = hold_back
         self._on_left = on_left
+        self._steps = steps
 
-    async def run(self, delivery: Delivery, slot: Slot) -> Ended:
-        """Process one delivery in ``slot``.
+    def start_nowait(self, delivery: Delivery, slot: Slot) -> Ended | Coroutine[Any, Any, Ended]:
+        """Begin to process one delivery in ``slot``: how it ended, if its agent never waits, else what is left to await.
 
         Raises:
-            asyncio.CancelledError: the worker is cancelled; interruptions of the slot are outcomes instead.
+            asyncio.CancelledError: the worker is cancelled; interruptions of the slot are outcomes instead. What is
+                left to await raises it, too.
         """
         try:
             task = delivery.task()
         except CorruptEntryError as error:
             return Ended(Outcome.FAILED, corrupt_verdict(self._queue, delivery, error))
+        if task.metadata and STEP in task.metadata and self._steps is not None:
+            return self._steps.run(self, delivery, task, slot)
+        agent = self._agents.get(task.type)
+        if agent is None or agent.only is None or agent.options.uses or self._gate.always or task.deadline is not None:
+            return self.run(delivery, slot, task)
+        self._enter(task, agent.options, agent.only, slot)
+        try:
+            context, coroutine, value = first_step(agent.only.call, task, current_task)
+        except BaseException as error:  # noqa: BLE001 - whatever an agent raises is an outcome
+            self._leave(slot)
+            return self._ended_by(error, delivery, task, agent.options, slot)
+        if coroutine is not None:
+            if isolation.astray:
+                leave_child()
+            return self._go_on(delivery, task, agent, slot, Rest(context, coroutine, value))
+        self._leave(slot)
+        return self._completed(delivery, task, value)
+
+    async def _go_on(self, delivery: Delivery, task: BaseTask, agent: AgentType, slot: Slot, rest: Rest) -> Ended:
+        """The rest of :meth:`start_nowait`."""
+        try:
+            try:
+                value = await rest
+            finally:
+                self._leave(slot)
+        except BaseException as error:  # noqa: BLE001
+            return self._ended_by(error, delivery, task, agent.options, slot)
+        return self._completed(delivery, task, value)
+
+    async def run(self, delivery: Delivery, slot: Slot, task: BaseTask) -> Ended:
+        """Process one delivery in ``slot``, of which ``task`` was made. Raises as :meth:`start_nowait`."""
         if task.deadline is not None and self._now() >= task.deadline:
             return Ended(Outcome.CANCELLED, _bury(MISSED, delivery.retries, "the deadline passed before the start"))
         agent = self._agents.get(task.type)
         if agent is None:
+            if self._steps is not None and self._steps.guest and STEP not in task.metadata:
+                return Ended(Outcome.RELEASED, Again(NOT_MINE, "released"))
             text = str(unknown_agent(task.type, self._agents))
             return Ended(Outcome.FAILED, _bury("unknown_agent", delivery.retries, text))
         try:
@@ -107,15 +145,8 @@ class Execution:
             return await self._chosen(delivery, task, agent, slot)
         except BadLimitError as error:
             return Ended(Outcome.FAILED, Bury("bad_limit", delivery.retries, _describe(error.__cause__ or error)))
-        except asyncio.CancelledError:
-            return self._cancelled(delivery, task, agent.options, slot)
-        except SystemExit as error:
-            told = RuntimeError(f"the agent called sys.exit({error.code!r})")
-            return self._raised(delivery, task, agent.options, told, slot)
-        except (KeyboardInterrupt, GeneratorExit):
-            raise
-        except BaseException as error:  # noqa: BLE001 - whatever an agent raises is an outcome
-            return self._excepted(delivery, task, agent.options, slot, error)
+        except BaseException as error:  # noqa: BLE001
+            return self._ended_by(error, delivery, task, agent.options, slot)
 
     def abandoned(self, delivery: Delivery, slot: Slot) -> Ended:
         """The end of a delivery whose agent ignores the interruption of ``slot``; its replica has room again."""
@@ -123,17 +154,25 @@ class Execution:
         agent = self._agents.get(task.type)
         error = TimeoutError("the attempt took longer than its timeout") if _timed_out(slot) else None
         slot.replica.running -= 1
-        _tell_balancer(slot.replica, slot)
+        tell_balancer(slot.replica, slot)
         self._report(slot.replica, slot.era, error, time.monotonic() - slot.interrupted_at)
-        return self._interrupted(delivery, task, agent.options if agent is not None else AgentOptions(), slot)
+        ended = self._interrupted(delivery, task, agent.options if agent is not None else AgentOptions(), slot)
+        if ended is CANCELLED and STEP in task.metadata:  # whoever follows the dead letters tells its workflow
+            return Ended(Outcome.CANCELLED, _bury("cancelled", delivery.attempt, "it ignores that it was cancelled"))
+        return ended
 
     # -- who runs it
 
     async def _chosen(self, delivery: Delivery, task: BaseTask, agent: AgentType, slot: Slot) -> Ended:
         """The attempt of a replica that was chosen, watched by its breaker; or the end of a task that none can take."""
-        replica = self._choose(agent, task, slot)
+        replica = self._choice.now(agent, task, slot)
         if replica is None:
-            return Ended(Outcome.THROTTLED, self._none_free(agent))
+            return Ended(Outcome.THROTTLED, self._choice.none_free(agent))
+        if replica.uses:
+            given = await self._choice.admitted(agent, task, slot, replica)
+            if isinstance(given, Again):
+                return Ended(Outcome.THROTTLED, given)
+            replica = given
         self._gate.started(agent.name)
         era, began = slot.era, time.monotonic()
         try:
@@ -157,77 +196,47 @@ class Execution:
         else:
             replica.breaker.record_failure(error, took, era=era)
 
-    def _choose(self, agent: AgentType, task: BaseTask, slot: Slot) -> Replica | None:
-        """A replica with room whose breaker lets this task through, which takes a probe's place where there are any."""
-        slot.balancer = slot.era = None
-        free = [] if agent.full else [replica for replica in agent.replicas if replica.open_to_tasks]
-        while free:
-            replica = self._balanced(agent, task, free, slot)
-            if replica is None:
-                break
-            if replica.breaker is None:
-                return replica
-            slot.era = replica.breaker.enter()
-            if slot.era is not None:
-                return replica
-            _tell_balancer(replica, slot)
-            free.remove(replica)
-        slot.balancer = None
-        return None
-
-    def _balanced(self, agent: AgentType, task: BaseTask, free: list[Replica], slot: Slot) -> Replica | None:
-        if len(agent.replicas) == 1 and not agent.steered:
-            return free[0]
-        info = {
-            "id": task.id,
-            "type": task.type,
-            "priority": task.priority,
-            "input": task.input,
-            "metadata": task.metadata,
-        }
-        slot.balancer = self._balancer_for(agent)
-        chosen = slot.balancer.select_worker(free, info)
-        if isinstance(chosen, Replica):
-            return chosen
-        # a strategy may answer with the id; None says that it finds all of them unhealthy
-        return next((replica for replica in free if replica.worker_id == chosen), None)
-
-    def _none_free(self, agent: AgentType) -> Again:
-        """When a task comes back that no replica can take."""
-        waits = [
-            _wait_of(replica)
-            for replica in agent.replicas
-            if replica.breaker is not None and not replica.breaker.available
-        ]
-        if len(waits) == len(agent.replicas):
-            return self._gate.later(agent.name, max(BUSY_DELAY, min(waits)))
-        running = sum([replica.running for replica in agent.replicas])
-        return self._gate.later(agent.name, BUSY_DELAY, max(LEAST_STEP, agent.mean_run / max(1, running)))
-
     # -- the attempt
 
     async def _attempt(
         self, delivery: Delivery, task: BaseTask, agent: AgentType, replica: Replica, slot: Slot
     ) -> Ended:
-        timeout = agent.options.timeout if task.timeout is None else task.timeout
+        self._enter(task, agent.options, replica, slot)
+        try:
+            context, coroutine, value = first_step(replica.call, task, current_task)
+            if coroutine is not None:
+                value = await Rest(context, coroutine, value)
+        finally:
+            self._leave(slot)
+        return self._completed(delivery, task, value)
+
+    def _enter(self, task: BaseTask, options: AgentOptions, replica: Replica, slot: Slot) -> None:
+        """``replica`` is going to run ``task``."""
         if telemetry.wanted("task.started"):
             facts = {"queue": self._queue, "task_id": task.id, "type": task.type, "attempt": task.attempt}
             telemetry.emit("task.started", {}, {**facts, "worker_id": replica.worker_id})
         replica.running += 1
         slot.replica = replica
+        timeout = options.timeout if task.timeout is None else task.timeout
         if timeout is not None or task.deadline is not None:
             self._set_deadline(slot, timeout, task.deadline)
-        try:
-            value = await _isolated(replica.call, task)
-        finally:
-            if _astray:
-                leave_child()
-            slot.deadline = None
-            if not slot.abandoned:
-                replica.running -= 1
-                if slot.balancer is not None:
-                    _tell_balancer(replica, slot)
-        return Ended(Outcome.COMPLETED, Complete(value)) if delivery.wants_result else _COMPLETED
+
+    @staticmethod
+    def _leave(slot: Slot) -> None:
+        """The agent has ended, in whatever way."""
+        if isolation.astray:
+            leave_child()
+        slot.deadline = None
+        if not slot.abandoned:
+            slot.replica.running -= 1
+            if slot.balancer is not None:
+                tell_balancer(slot.replica, slot)
+
+    @staticmethod
+    def _completed(delivery: Delivery, task: BaseTask, value: Any) -> Ended:
+        if delivery.wants_result or (task.metadata and STEP in task.metadata):
+            return Ended(Outcome.COMPLETED, Complete(value))
+        return COMPLETED
 
     def _set_deadline(self, slot: Slot, timeout: float | None, deadline: float | None) -> None:
         """The sooner of the attempt's timeout and the task's deadline, by the monotonic clock."""
@@ -236,6 +245,19 @@ class Execution:
         slot.deadline = time.monotonic() + (left if timeout is None else min(left, timeout))
 
     # -- how it ended
+
+    def _ended_by(
+        self, error: BaseException, delivery: Delivery, task: BaseTask, options: AgentOptions, slot: Slot
+    ) -> Ended:
+        """What it means that ``error`` came out of an attempt. Called by its handler; raises what is the worker's own."""
+        if isinstance(error, asyncio.CancelledError):
+            return self._cancelled(delivery, task, options, slot)
+        if isinstance(error, SystemExit):
+            told = RuntimeError(f"the agent called sys.exit({error.code!r})")
+            return self._raised(delivery, task, options, told, slot)
+        if isinstance(error, KeyboardInterrupt | GeneratorExit):
+            raise error
+        return self._excepted(delivery, task, options, slot, error)
 
     def _cancelled(self, delivery: Delivery, task: BaseTask, options: AgentOptions, slot: Slot) -> Ended:
         """A CancelledError came out: by the slot's interruption, by the agent itself, or the worker is cancelled."""
@@ -282,6 +304,8 @@ class Execution:
             return Ended(Outcome.THROTTLED, self._gate.later(f"breaker {error.breaker or task.type}", wait))
         if isinstance(error, Reject):
             return Ended(Outcome.FAILED, Bury("rejected", delivery.attempt, _describe(error)))
+        if isinstance(error, WaitForSignal) and STEP in task.metadata:
+            return Ended(Outcome.COMPLETED, Complete(error))
         return self._failed(Outcome.FAILED, delivery, task, options, error, slot)
 
     def _failed(
@@ -293,7 +317,7 @@ class Execution:
         error: Exception,
         slot: Slot,
     ) -> Ended:
-        retry = options.retry or self._retry
+        retry = _own_retry(task) or options.retry or self._retry
         most = retry.max_retries if task.max_retries is None else task.max_retries
         if delivery.retries >= most:
             return Ended(outcome, Bury(outcome.value, delivery.attempt, _describe(error)))
@@ -320,11 +344,10 @@ class Execution:
         return any(replica.open_to_tasks for replica in agent.replicas)
 
 
-def _tell_balancer(replica: Replica, slot: Slot) -> None:
-    """The one who chose ``replica`` learns that its task has left."""
-    balancer, slot.balancer = slot.balancer, None
-    if balancer is not None:
-        balancer.task_done(replica.worker_id)
+def _own_retry(task: BaseTask) -> Retry | None:
+    """How a step of a workflow wants to be repeated, which goes before what its agent says."""
+    fields = task.metadata.get(RETRY) if STEP in task.metadata else None
+    return Retry(**fields) if isinstance(fields, dict) else None
 
 
 def _timed_out(slot: Slot) -> bool:
@@ -340,94 +363,18 @@ def _meaning(error: BaseException, slot: Slot) -> BaseException | None:
     if isinstance(error, asyncio.CancelledError):
         worker = asyncio.current_task()
         return None if worker is not None and worker.cancelling() else RuntimeError(_BY_ITSELF)
-    if isinstance(error, Throttled | Reject | CircuitOpenError | KeyboardInterrupt | GeneratorExit):
+    if isinstance(error, Throttled | Reject | CircuitOpenError | WaitForSignal | KeyboardInterrupt | GeneratorExit):
         return None
     return error if isinstance(error, Exception) else RuntimeError(f"the agent raised {error!r}")
 
 
-def _wait_of(replica: Replica) -> float:
-    breaker = replica.breaker
-    assert breaker is not None, "asked of replicas with a breaker"
-    if breaker.state is CircuitState.OPEN:
-        return breaker.retry_after
-    return min(breaker.retry_after, breaker.config.recovery_timeout * PROBED_SHARE)
-
-
 _BY_ITSELF = "the agent raised CancelledError by itself"
 _ENGINE = f"{Path(__file__).parent}{os.sep}"
-_WORDS = (Throttled, Reject, RetryLater, CircuitOpenError)
-_COMPLETED = Ended(Outcome.COMPLETED, DONE)
+_WORDS = (Throttled, Reject, RetryLater, CircuitOpenError, WaitForSignal)
+COMPLETED = Ended(Outcome.COMPLETED, DONE)
+"""The end of a task whose value nobody wants; shared, so that the end of most tasks costs nothing."""
 RELEASED = Ended(Outcome.RELEASED, Again(0.0, "released"))
 CANCELLED = Ended(Outcome.CANCELLED, Cancel())
-_astray = False
-"""Whether this process was forked from one that runs deliveries: those belong to the parent."""
-
-
-def _go_astray() -> None:
-    global _astray  # noqa: PLW0603 - one fact about a process
-    _astray = True
-
-
-def begin() -> None:
-    """Deliveries are going to be run in this process: it is not the stray child of another that runs some."""
-    global _astray  # noqa: PLW0603
-    _astray = False
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_go_astray)
-
-
-async def _isolated(call: Callable[[BaseTask], Any], task: BaseTask) -> Any:
-    """Await ``call(task)`` in a context of its own: what one task sets in context variables, the next must not see."""
-    context = contextvars.copy_context()
-    coroutine, value = context.run(_first_step, call, task)
-    if coroutine is None:
-        return value
-    return await (value if coroutine is value else _Resumed(context, coroutine, value))
-
-
-def _first_step(call: Callable[[BaseTask], Any], task: BaseTask) -> tuple[Any, Any]:
-    """Run up to the first suspension: ``(None, result)``, ``(coroutine, what it waits for)`` or twice an awaitable."""
-    current_task.set(task)
-    coroutine = call(task)
-    try:
-        return coroutine, coroutine.send(None)
-    except StopIteration as stop:
-        return None, stop.value
-    except AttributeError:
-        if hasattr(coroutine, "send"):
-            raise  # the agent's own
-        return coroutine, coroutine
-
-
-class _Resumed:
-    """Goes on with a coroutine that has suspended on ``waiting``, every step of it in ``context``."""
-
-    __slots__ = ("_context", "_coroutine", "_waiting")
-
-    def __init__(self, context: contextvars.Context, coroutine: Coroutine[Any, Any, Any], waiting: Any) -> None:
-        self._context = context
-        self._coroutine = coroutine
-        self._waiting = waiting
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        run, coroutine, waiting = self._context.run, self._coroutine, self._waiting
-        try:
-            while True:
-                if _astray:
-                    leave_child()
-                try:
-                    sent = yield waiting
-                except GeneratorExit:
-                    coroutine.close()
-                    raise
-                except BaseException as error:  # noqa: BLE001 - handed on to the coroutine, which decides
-                    waiting = run(coroutine.throw, error)
-                else:
-                    waiting = run(coroutine.send, sent)
-        except StopIteration as stop:
-            return stop.value
 
 
 def _unwrapped(error: BaseException) -> BaseException:

@@ -17,22 +17,23 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from orchestra import _execution, _identity, telemetry
+from orchestra import _identity, telemetry
 from orchestra._backoff import Reconnect
-from orchestra._delivery import Again, Delivery
 from orchestra._dispatch.balancers import Balancers
-from orchestra._dispatch.ends import claim, disclaim, exchange_for, pool_of, reach, within
-from orchestra._dispatch.prefetch import Prefetch
+from orchestra._dispatch.ends import GOODBYE, READ_GRACE, claim, disclaim, exchange_for, pool_of, reach, within
+from orchestra._dispatch.isolation import begin
+from orchestra._dispatch.prefetch import SMALL, Prefetch
 from orchestra._dispatch.quarantine import Quarantine
 from orchestra._dispatch.retry_gate import RetryGate
-from orchestra._dispatch.settlements import Settlements, is_outage, tell_settled
-from orchestra._dispatch.stuck import STUCK_AFTER, StuckAgents
-from orchestra._execution import CANCELLED, RELEASED, Ended, Execution
+from orchestra._dispatch.running import Running
+from orchestra._dispatch.settlements import Settlements, is_outage
+from orchestra._dispatch.stuck import StuckAgents
+from orchestra._execution import Execution
 from orchestra._lifecycle import Service, set_within
+from orchestra._workflow.runner import StepRunner
 from orchestra.agents import AgentRegistry, get_agent_registry, unknown_agent
-from orchestra.errors import CorruptEntryError
 from orchestra.load_balancer import BaseLoadBalancerStrategy
-from orchestra.orchestration_worker_pool import QueueWorkerPool, Slot
+from orchestra.orchestration_worker_pool import QueueWorkerPool
 from orchestra.scheduler import PriorityScheduler, ranks
 from orchestra.task_queue import BaseTaskQueue
 from orchestra.tasks import Outcome, Retry, RetryBudget, check_name, require_int, require_number
@@ -47,8 +48,6 @@ logger = logging.getLogger("orchestra.dispatcher")
 
 BATCH, BATCH_MOST = 500, 10_000
 BLOCK_MS = 5000
-SMALL = 16
-"""A read of fewer deliveries is a matter of latency, not of throughput."""
 AGING = 5.0
 """Seconds per priority level: a task that was read goes before more urgent ones read so much later."""
 SWEEP = 0.05
@@ -56,10 +55,6 @@ LAST_GRACE = 1.0
 """Seconds that cancelled agents get to end when draining."""
 SETTLE_GRACE = 5.0
 """Seconds beyond drain timeout and last grace in which what has ended is settled while Redis cannot be reached."""
-READ_GRACE = 2.0
-"""Seconds that a read under way gets to end when draining; what a cancelled one brings waits for its lease."""
-GOODBYE = 2.0
-"""Seconds that ending the lease thread, and forgetting the consumer, may take each."""
 _THE_DEFAULT = RetryBudget()
 
 
@@ -88,6 +83,7 @@ class Dispatcher(Service):
         retry_budget: how much of the work may be retries before they are delayed further; None for no limit.
         aging: seconds per priority level, 0 to a day: among what is held, a task goes before more urgent ones that
             were read so much later. None or 0: the most urgent always goes first.
+        workflows: runs what is a step of a workflow; by default made when the first one comes.
 
     Raises:
         TypeError: ``task_queue`` is not a BaseTaskQueue.
@@ -113,6 +109,7 @@ class Dispatcher(Service):
         drain_timeout: float = 30.0,
         retry_budget: RetryBudget | None = _THE_DEFAULT,
         aging: float | None = AGING,
+        workflows: StepRunner | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(task_queue, BaseTaskQueue):
@@ -133,14 +130,14 @@ class Dispatcher(Service):
         self.agents = get_agent_registry() if agents is None else agents
         self._own_pool = worker_pool is None
         self.pool = worker_pool or pool_of(max_concurrent_dispatch)
-        self._concurrency = max_concurrent_dispatch
-        self._drain_timeout, self._aging = drain_timeout, aging
+        self._concurrency, self._drain_timeout = max_concurrent_dispatch, drain_timeout
         self.outcomes: Counter[Outcome] = Counter()
         """How many deliveries ended how, since this dispatcher was made."""
         self._stuck = StuckAgents(task_queue.name, self.agents)
         self._retries = RetryGate(task_queue.name, retry_budget, self.outcomes)
         self._balancers = Balancers(load_balancer)
-        self._execution = Execution(
+        self.workflows = workflows or StepRunner(None, task_queue, agents=self.agents)
+        execution = Execution(
             task_queue.name,
             self.agents,
             replace(retry or Retry(), max_retries=default_max_retries),
@@ -149,18 +146,19 @@ class Dispatcher(Service):
             now=task_queue.now,
             hold_back=self._retries.hold_back,
             on_left=self._stuck.add_function,
+            steps=self.workflows,
         )
-        self.running_tasks = 0
-        self._cancels = False
         self._settlements = Settlements(task_queue, self.id, self._maintain_in)
-        self._verdicts = self._settlements.pending
-        self._ended = 0
-        self._draining = False
         self._prefetch = Prefetch()
         self._quarantine = Quarantine(getattr(task_queue, "max_deliveries", 0))
-        self._maintain_at, self._sweeping = 0.0, False
-        self._room_wanted, self._maintain_wanted = asyncio.Event(), asyncio.Event()
-        self._sweep_wanted, self._idle, self._stopped = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._deliveries = Running(
+            *(task_queue, self.id, self.pool, self.scheduler, execution),
+            *(self._quarantine, self._settlements, self._stuck, self.outcomes),
+            concurrency=max_concurrent_dispatch,
+            aging=aging,
+            on_empty=lambda: self._maintain_in(0.0),
+        )
+        self._maintain_at, self._maintain_wanted, self._stopped = 0.0, asyncio.Event(), asyncio.Event()
         self._leases = AsyncExitStack()
 
     # -- lifecycle
@@ -180,32 +178,33 @@ class Dispatcher(Service):
             raise self._failure
 
     async def _start(self) -> None:
-        self._draining = False
+        self._deliveries.draining = False
         self._stopped.clear()
-        _execution.begin()
+        begin()
         claim(self.scheduler, self.id)
         try:
             await reach(self.queue, self.consumer)
-            await self._leases.enter_async_context(self.queue.keep_leases(self.consumer, self._lease_lost))
+            await self._leases.enter_async_context(self.queue.keep_leases(self.consumer, self._deliveries.lease_lost))
             exchange = exchange_for(self.queue, self.agents, self.consumer)
             if exchange is not None:
                 await self._leases.enter_async_context(exchange)
+            await self._leases.enter_async_context(self.workflows)
         except BaseException:
             disclaim(self.scheduler)
             raise
-        self.pool.attach(self)
+        self.pool.attach(self._deliveries)
         self._reader = self.spawn("read", self._read_loop)
         self._settler = self.spawn("settle", self._settlements.loop)
         self.spawn("maintain", self._maintain_loop)
-        self.spawn("sweep", self._sweep_loop)
+        self.spawn("sweep", self._deliveries.sweep)
         facts = {"queue": self.queue.name, "consumer": self.consumer}
         telemetry.emit("dispatcher.started", {"concurrency": self._concurrency}, facts)
 
     async def _stop(self) -> None:
         """Drain: read no more, release what has not started, let running agents finish, settle everything."""
         began, before = time.monotonic(), self.outcomes[Outcome.RELEASED]
-        self._draining = True
-        self._room_wanted.set()
+        self._deliveries.draining = True
+        self._deliveries.room_wanted.set()
         try:
             await self._drain(began + self._drain_timeout)
         except asyncio.CancelledError:  # in a hurry: what runs is interrupted at once
@@ -214,13 +213,13 @@ class Dispatcher(Service):
         finally:
             self._may_hurry = False
             disclaim(self.scheduler)
-            self.pool.detach(self)
+            self.pool.detach(self._deliveries)
             await self._cancel_loops()
             await within(GOODBYE, self._leases.aclose(), self.id, "the lease thread goes on")
             await within(GOODBYE, self.queue.retire(self.consumer), self.id, "its consumer is forgotten by others")
             if self._own_pool:
                 await self.pool.shutdown(wait=False)
-                self.pool = pool_of(self._concurrency)
+                self.pool = self._deliveries.pool = pool_of(self._concurrency)
             self._stopped.set()
         released = self.outcomes[Outcome.RELEASED] - before
         facts = {"completed": self.outcomes[Outcome.COMPLETED], "released": released}
@@ -229,14 +228,13 @@ class Dispatcher(Service):
 
     async def _drain(self, deadline: float) -> None:
         await self._stop_reading()
-        while (delivery := self._pop() or self._quarantine.drop_nowait()) is not None:
-            self._end(delivery, RELEASED)
-        await self._wait_idle(deadline - time.monotonic())
-        for slot in self._my_slots():
-            slot.interrupt(Outcome.RELEASED)
-        await self._wait_idle(LAST_GRACE)
-        for slot in self._my_slots():
-            self._abandon(slot)
+        running = self._deliveries
+        running.release_waiting()
+        await running.wait_idle(deadline - time.monotonic())
+        running.interrupt_all()
+        await running.wait_idle(LAST_GRACE)
+        for slot in running.slots():
+            running.abandon(slot)
         await self._settlements.rest(max(deadline + LAST_GRACE, time.monotonic()) + SETTLE_GRACE, self._settler)
 
     async def _stop_reading(self) -> None:
@@ -268,9 +266,14 @@ class Dispatcher(Service):
     # -- reading
 
     @property
+    def running_tasks(self) -> int:
+        """Deliveries that run, stuck agents aside."""
+        return self._deliveries.count
+
+    @property
     def held(self) -> int:
         """Deliveries read and not ended: running or waiting in the scheduler."""
-        return self.running_tasks + self.scheduler.get_queue_size() + len(self._quarantine.waiting)
+        return self._deliveries.held
 
     def _room(self) -> int:
         room = min(self._concurrency, self.pool.capacity) + self._prefetch.size - self.held
@@ -278,13 +281,13 @@ class Dispatcher(Service):
 
     async def _read_loop(self) -> None:
         backoff = Reconnect()
-        while not self._draining:
-            self._prefetch.adapt(time.monotonic(), self._ended)
+        while not self._deliveries.draining:
+            self._prefetch.adapt(time.monotonic(), self._deliveries.ended)
             room = self._room()
             worth = min(self._prefetch.size // 2, self._batch_size) if self.scheduler.get_queue_size() else 1
             if room < max(1, worth):
-                self._room_wanted.clear()
-                await self._room_wanted.wait()
+                self._deliveries.room_wanted.clear()
+                await self._deliveries.room_wanted.wait()
                 continue
             try:
                 found = await self.queue.read(self.consumer, min(room, self._batch_size), self._block_ms)
@@ -297,119 +300,9 @@ class Dispatcher(Service):
                 await asyncio.sleep(wait)
             else:
                 backoff.reset()
-                self._offer(found)
+                self._deliveries.offer(found)
                 if len(found) < SMALL:
                     await asyncio.sleep(0)  # the worker that was woken goes before the next read is packed and sent
-
-    def _offer(self, found: list[Delivery]) -> None:
-        """Put deliveries into the heap and wake a worker; release them when draining."""
-        if self._draining:
-            for delivery in found:
-                self._end(delivery, RELEASED)
-            return
-        keys = ranks(self._aging, time.monotonic())
-        try:
-            for delivery in found:
-                self.scheduler.put_nowait(keys[delivery.lane], delivery)
-        except asyncio.QueueFull:  # it has a limit, and somebody else adds to it
-            for left in found[found.index(delivery) :]:
-                self._end(left, RELEASED)
-        if found:
-            self.pool.wake()
-
-    # -- running: the pool's source
-
-    def capacity_changed(self) -> None:
-        """The pool can run more, or less, at once: there may be room to read."""
-        self._room_wanted.set()
-
-    def take_nowait(self) -> Delivery | None:
-        """The delivery to run next; None when there is none, or enough run already."""
-        if self.running_tasks >= self._concurrency or self._draining:
-            return None
-        if self._quarantine.shut:
-            return self._pop_suspect()
-        return self._pop()
-
-    def _pop(self) -> Delivery | None:
-        while (item := self.scheduler.pop_nowait()) is not None:
-            if type(item) is not Delivery:
-                logger.error("%s drops %.200r: no queue delivered it; add tasks with produce()", self.id, item)
-            elif not (item.lost or self._cancels) or self._may_start(item):
-                return item
-        return None
-
-    def _pop_suspect(self) -> Delivery | None:
-        while (item := self._quarantine.next_nowait(self.running_tasks)) is not None:
-            if self._may_start(item):
-                return item
-        return None
-
-    def _may_start(self, item: Delivery) -> bool:
-        """Whether it is still ours and wanted; if not, it has ended."""
-        if item.lost:
-            self._end(item, RELEASED)  # it is another's; settling is fenced
-        elif self._cancels and self._to_cancel(item):
-            self._end(item, CANCELLED)
-        else:
-            return True
-        return False
-
-    def _to_cancel(self, delivery: Delivery) -> bool:
-        try:
-            return self.queue.cancel_requested(delivery)
-        except CorruptEntryError:
-            return False
-
-    async def run_item(self, item: Delivery, slot: Slot) -> None:
-        """Process one delivery to its end and queue its verdict."""
-        self.running_tasks += 1
-        if not self._sweeping:
-            self._sweeping = True
-            self._sweep_wanted.set()
-        began = time.monotonic()
-        try:
-            ended = await self._execution.run(item, slot)
-        except BaseException:
-            if slot.abandoned:
-                self._stuck.ended(slot)
-            else:
-                self.running_tasks -= 1
-                self._end(item, RELEASED)
-            raise
-        if slot.abandoned:
-            self._stuck.ended(slot)  # its delivery was settled long ago
-            return
-        self.running_tasks -= 1
-        took = time.monotonic() - began
-        if self.pool.measuring:
-            self.pool.run_times.add(took)
-        self._end(item, ended, took)
-
-    def _end(self, delivery: Delivery, ended: Ended, run_s: float = 0.0) -> None:
-        self.outcomes[ended.outcome] += 1
-        self._ended += 1
-        if delivery is self._quarantine.inside:
-            self._quarantine.ended()
-        if not self._verdicts:
-            self._settlements.wanted.set()
-        self._verdicts.append((delivery, ended.verdict))
-        self._room_wanted.set()
-        if type(ended.verdict) is Again and ended.verdict.delay > 0:
-            self._settlements.soonest = min(ended.verdict.delay, self._settlements.soonest)
-        if telemetry.wanted("task.settled"):
-            tell_settled(self.queue.name, delivery, ended, run_s)
-        if not self.running_tasks:
-            self._idle.set()
-            if self._quarantine.closed:
-                self._maintain_in(0.0)
-
-    def _lease_lost(self, delivery: Delivery) -> None:
-        """Somebody else has it now: stop working on it; its settle would be stale."""
-        for slot in self._my_slots():
-            if slot.item is delivery:
-                telemetry.emit("lease.lost", {}, {"queue": self.queue.name, "task_id": delivery.header.id})
-                slot.interrupt(Outcome.RELEASED)
 
     # -- background
 
@@ -420,9 +313,9 @@ class Dispatcher(Service):
             self._maintain_wanted.set()
 
     def _tick(self) -> Awaitable[Maintenance]:
-        if self._draining:
+        if self._deliveries.draining:
             return self.queue.maintain(self.consumer, 0)
-        alone = self._quarantine.alone(self.running_tasks)
+        alone = self._quarantine.alone(self._deliveries.count)
         return self.queue.maintain(self.consumer, max(int(alone), self._room()), alone)
 
     async def _maintain_loop(self) -> None:
@@ -438,10 +331,10 @@ class Dispatcher(Service):
                 self._maintain_at = clock() + backoff.next()
             else:
                 backoff.reset()
-                self._offer(self._quarantine.sift(work.deliveries, work.suspects))
+                self._deliveries.offer(self._quarantine.sift(work.deliveries, work.suspects))
                 self.pool.wake()
                 if work.cancels:
-                    self._cancel_running()
+                    self._deliveries.interrupt_cancelled()
                 self._maintain_at = clock() + max(0.001, work.next_in)
             self._stuck.look(self.pool)
             self._retries.tell()
@@ -449,49 +342,7 @@ class Dispatcher(Service):
                 self._maintain_wanted.clear()
                 await set_within(self._maintain_wanted, left)
 
-    def _cancel_running(self) -> None:
-        """Interrupt what was marked; what waits in the scheduler is looked at when its turn comes."""
-        self._cancels = True
-        for slot in self._my_slots():
-            if self._to_cancel(slot.item):
-                slot.interrupt(Outcome.CANCELLED)
-
-    async def _sweep_loop(self) -> None:
-        """Interrupt what has run into its deadline; one pass over the busy slots instead of a timer per task."""
-        while True:
-            if not self.running_tasks:
-                self._sweeping = False
-                self._sweep_wanted.clear()
-                await self._sweep_wanted.wait()
-            await asyncio.sleep(SWEEP)
-            now = time.monotonic()
-            for slot in self._my_slots():
-                if slot.why is None:
-                    if slot.deadline is not None and now >= slot.deadline:
-                        slot.interrupt(Outcome.TIMED_OUT)
-                elif now - slot.interrupted_at > STUCK_AFTER:
-                    self._abandon(slot)
-
-    def _abandon(self, slot: Slot) -> None:
-        """Give up an agent that goes on after its interruption: its delivery ends as what it was interrupted for."""
-        delivery = slot.item
-        ended = self._execution.abandoned(delivery, slot)
-        delivery.abandoned = True
-        self.pool.abandon(slot)
-        self.running_tasks -= 1
-        self._stuck.add(slot, delivery)
-        self._stuck.look(self.pool)
-        self._end(delivery, ended, time.monotonic() - slot.interrupted_at)
-
     @property
     def stuck(self) -> int:
         """Agents that go on although they were timed out, cancelled or released, and are not in ``running_tasks``."""
         return len(self._stuck)
-
-    def _my_slots(self) -> list[Slot]:
-        return [slot for slot in self.pool.slots if slot.source is self]
-
-    async def _wait_idle(self, seconds: float) -> None:
-        self._idle.clear()
-        if self.running_tasks:
-            await set_within(self._idle, seconds)

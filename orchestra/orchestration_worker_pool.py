@@ -15,14 +15,16 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from orchestra import telemetry
+from orchestra._agents.services import current_slot
 from orchestra._pool.jobs import Job, JobQueue, check_job, checked_limits
 from orchestra._pool.metrics import Histogram, OrchestrationWorkerPoolMetrics
+from orchestra._pool.slots import MORE, More, Slot, Source
 from orchestra.errors import WorkerPoolError
 from orchestra.tasks import Outcome, TaskPriority, check_name, require_int, require_number
 
@@ -36,7 +38,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Item = TypeVar("Item")
 logger = logging.getLogger("orchestra.pool")
 
 TURN = 0.002
@@ -72,67 +73,6 @@ class OrchestrationWorkerPoolConfig:
         object.__setattr__(self, "per_type", checked_limits("OrchestrationWorkerPoolConfig.per_type", self.per_type))
 
 
-class Slot:
-    """One worker coroutine. What it carries of ``item`` belongs to ``source``.
-
-    ``deadline``: when to interrupt it, monotonic seconds; ``final``: no retry follows, that deadline is the task's.
-    ``replica``, ``balancer``, ``era``: who runs it, who chose him, and the state of his breaker then.
-    ``why`` it was interrupted, at ``interrupted_at``. ``abandoned``: given up by :meth:`QueueWorkerPool.abandon`.
-    """
-
-    __slots__ = (
-        "abandoned",
-        "balancer",
-        "deadline",
-        "era",
-        "final",
-        "interrupted_at",
-        "item",
-        "replica",
-        "source",
-        "task",
-        "waiter",
-        "why",
-    )
-
-    def __init__(self) -> None:
-        self.abandoned = False
-        self.final = False
-        self.interrupted_at = 0.0
-        self.replica: Any = None
-        self.balancer: Any = None
-        self.era: int | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.waiter: asyncio.Future[None] | None = None
-        self.item: Any = None
-        self.source: Source[Any] | None = None
-        self.deadline: float | None = None
-        self.why: Outcome | None = None
-
-    def interrupt(self, why: Outcome) -> None:
-        """Cancel the item that runs here; ``why`` tells its source what the CancelledError means."""
-        if self.item is not None and self.why is None and self.task is not None:
-            self.why = why
-            self.interrupted_at = time.monotonic()
-            self.task.cancel()
-
-
-class Source(Protocol[Item]):
-    """Where workers find work.
-
-    ``run_item`` must not raise, except CancelledError when the pool itself is cancelled. An interruption reaches it as
-    a CancelledError with ``slot.why`` set; it swallows that, and the pool takes the cancellation back. A source that
-    has seen an interruption ignored may :meth:`~QueueWorkerPool.abandon` the slot, and then ignores what comes of it.
-    A source that has ``capacity_changed()`` is told when more or fewer items can run at once.
-    """
-
-    def take_nowait(self) -> Item | None:
-        """The next item, None when there is none to run now."""
-
-    async def run_item(self, item: Item, slot: Slot) -> None:
-        """Run it to its end."""
-
-
 class QueueWorkerPool:
     """Runs submitted coroutines and attached sources with bounded concurrency.
 
@@ -155,15 +95,14 @@ class QueueWorkerPool:
         self.measuring = False
         """Whether somebody wants the run times of what other sources run, too; set by a worker manager."""
         self._jobs = JobQueue(self.config.per_type, self._dropped)
-        self._sources: list[Source[Any]] = [self]
+        self._sources: list[Source] = [self]
         self.slots: set[Slot] = set()
         self.stuck: set[Slot] = set()
         """Slots whose item ignores its cancellation; others have taken their places."""
         self._idle: deque[Slot] = deque()
         self._changed: asyncio.Event | None = None
-        self._closed = False
-        self._turn_ends = 0.0
-        self._turning = False
+        self.closed = False
+        self._turn_ends, self._turning, self._looped = 0.0, False, True
 
     # -- submitting
 
@@ -187,7 +126,7 @@ class QueueWorkerPool:
         """
         if timeout is not None:
             require_number("submit(timeout)", timeout, 0.0, 366 * 86_400.0, unit="seconds (or None)")
-        if len(self._jobs) >= (self.config.max_queue_size or len(self._jobs) + 1) and not self._closed:
+        if len(self._jobs) >= (self.config.max_queue_size or len(self._jobs) + 1) and not self.closed:
             await self._wait_for_room(timeout)
         if kind is not None:
             kwargs["kind"] = kind  # only where it is used: a subclass may know nothing of it
@@ -203,7 +142,7 @@ class QueueWorkerPool:
     ) -> asyncio.Future[T]:
         """:meth:`submit` without waiting for room."""
         check_job(priority, kind)
-        if self._closed:
+        if self.closed:
             self.metrics.rejected += 1
             raise WorkerPoolError(f"worker pool {self.name!r} is shut down; make a new one")
         limit = self.config.max_queue_size
@@ -224,26 +163,29 @@ class QueueWorkerPool:
             return
         try:
             async with asyncio.timeout(timeout):
-                while not self._closed and len(self._jobs) >= self.config.max_queue_size:
+                while not self.closed and len(self._jobs) >= self.config.max_queue_size:
                     await self._next_change()
         except TimeoutError:
             return
 
     # -- the pool's own queue, as a source
 
-    def take_nowait(self) -> Job[Any] | None:
+    def start_nowait(self, slot: Slot, until: float) -> Awaitable[None] | None:
         """The most urgent job that is still wanted and whose kind has room."""
         if not len(self._jobs):
             return None
         job = self._jobs.pop()
         self.metrics.queued_tasks = len(self._jobs)
         self._note_change()
-        return job
+        if job is None:
+            return None
+        slot.source, slot.item = self, job
+        return self._run_job(job, slot)
 
     def _dropped(self) -> None:
         self.metrics.cancelled += 1
 
-    async def run_item(self, item: Job[Any], slot: Slot) -> None:
+    async def _run_job(self, item: Job[Any], slot: Slot) -> None:
         """Run a job and resolve its future. Cancelling the future cancels the job."""
         began = time.monotonic()
         self.wait_times.add(began - item.queued_at)
@@ -282,11 +224,11 @@ class QueueWorkerPool:
 
     # -- workers
 
-    def attach(self, source: Source[Any]) -> None:
+    def attach(self, source: Source) -> None:
         """Let the workers pull from ``source`` too, before the pool's own queue."""
         self._sources.insert(0, source)
 
-    def detach(self, source: Source[Any]) -> None:
+    def detach(self, source: Source) -> None:
         """Stop pulling from ``source``."""
         if source in self._sources:
             self._sources.remove(source)
@@ -314,47 +256,55 @@ class QueueWorkerPool:
         self._note_change()
         if not task.cancelled() and task.exception() is not None:
             logger.error("a worker of pool %s ended", self.name, exc_info=task.exception())
-            if not self._closed:
+            if not self.closed:
                 self.wake()
 
-    def _take(self) -> tuple[Source[Any], Any] | None:
-        if self.metrics.running_tasks < self.capacity:
+    def _start_nowait(self, slot: Slot) -> Awaitable[None] | More | None:
+        metrics = self.metrics
+        if metrics.running_tasks >= self.capacity:
+            return None
+        metrics.running_tasks += 1
+        rest: Awaitable[None] | More | None = None
+        try:
             for source in self._sources:
-                item = source.take_nowait()
-                if item is not None:
-                    return source, item
-        return None
+                rest = source.start_nowait(slot, self._turn_ends)
+                if rest is not None:
+                    break
+        finally:  # what an agent raises to end the process, or its worker, comes out of here
+            if rest is None or rest is MORE:
+                metrics.running_tasks -= 1
+        return rest
 
     async def _work(self, slot: Slot) -> None:
-        metrics, clock = self.metrics, time.monotonic
-        task = slot.task
+        clock, task = time.monotonic, slot.task
         assert task is not None
+        current_slot.set(slot)
         woken = True
         while len(self.slots) <= self.capacity and not task.cancelling():
             if clock() >= self._turn_ends and not await self._breathe():
                 continue
-            found = self._take()
-            if found is None:
-                if self._closed:
+            rest = self._start_nowait(slot)
+            if rest is MORE:
+                continue
+            if rest is None:
+                if self.closed:
                     break
                 await self._rest(slot)
                 woken = True
                 continue
             if woken:
-                self.wake()  # the baton; whoever gets it passes it on
+                self.wake()  # the baton: the next worker has its turn while this one waits, and passes it on
                 woken = False
-            slot.source, slot.item = source, item = found
-            metrics.running_tasks += 1
             try:
-                await source.run_item(item, slot)
+                await rest
             finally:
                 if slot.abandoned:
                     self._recovered(slot)
                 else:
-                    metrics.running_tasks -= 1
+                    self.metrics.running_tasks -= 1
                 if slot.why is not None:
                     task.uncancel()  # an interruption is one cancellation; whatever the item made of it, it is over
-                slot.item = slot.source = slot.why = slot.deadline = None
+                slot.item = slot.source = slot.why = slot.deadline = slot.context = None
             if slot.abandoned:
                 return  # another has its place
         surplus = len(self.slots) > self.capacity
@@ -367,7 +317,7 @@ class QueueWorkerPool:
     def abandon(self, slot: Slot) -> bool:
         """Give up the interrupted item of ``slot``, which does not end, and let another worker take its place.
 
-        What its ``run_item`` does from now on is not counted. True while capacity is kept: that is so for as many stuck
+        What it does from now on is not counted. True while capacity is kept: that is so for as many stuck
         slots as the pool has places; each one beyond takes a place away until its item ends.
         """
         slot.abandoned = True
@@ -381,7 +331,7 @@ class QueueWorkerPool:
     def _recovered(self, slot: Slot) -> None:
         self.stuck.discard(slot)
         self._count_stuck()
-        if not self._closed:
+        if not self.closed:
             self.wake()
 
     def _count_stuck(self) -> None:
@@ -396,8 +346,8 @@ class QueueWorkerPool:
     async def _breathe(self) -> bool:
         """Begin a new turn; False for a worker that has to wait for it."""
         now = time.monotonic()
-        if now - self._turn_ends > TURN:  # nothing ran lately, so the loop has had its chance
-            self._turn_ends = now + TURN
+        if self._looped and now - self._turn_ends > TURN:  # nothing ran lately, and the loop has had its chance
+            self._begin_turn(now)
             return True
         if not self._turning:
             self._turning = True
@@ -407,7 +357,15 @@ class QueueWorkerPool:
 
     def _turn(self) -> None:
         self._turning = False
-        self._turn_ends = time.monotonic() + TURN
+        self._begin_turn(time.monotonic())
+
+    def _begin_turn(self, now: float) -> None:
+        self._turn_ends, self._looped = now + TURN, False
+        asyncio.get_running_loop().call_soon(self._loop_ran)
+
+    def _loop_ran(self) -> None:
+        """The loop has had a turn since the last one began: agents that take longer than TURN do not hide that it has not."""
+        self._looped = True
 
     async def _rest(self, slot: Slot) -> None:
         slot.waiter = asyncio.get_running_loop().create_future()
@@ -451,7 +409,7 @@ class QueueWorkerPool:
         ``wait``: let queued and running jobs finish, up to ``timeout`` seconds (default: ``shutdown_timeout``); what is
         left then, or all when not waiting, is cancelled, and its futures too: awaiting them never hangs.
         """
-        self._closed = True
+        self.closed = True
         if wait:
             try:
                 async with asyncio.timeout(self.config.shutdown_timeout if timeout is None else timeout):

@@ -26,6 +26,10 @@ logger = logging.getLogger("orchestra.dispatcher")
 
 REACH_PATIENCE = 1.0
 """Seconds that starting keeps trying to reach Redis."""
+READ_GRACE = 2.0
+"""Seconds that a read under way gets to end when draining; what a cancelled one brings waits for its lease."""
+GOODBYE = 2.0
+"""Seconds that ending the lease thread, and forgetting the consumer, may take each."""
 _claimed: weakref.WeakSet[PriorityScheduler] = weakref.WeakSet()
 """The schedulers of running dispatchers."""
 
@@ -82,7 +86,7 @@ def pool_of(concurrency: int) -> QueueWorkerPool:
 
 
 def exchange_for(queue: BaseTaskQueue, agents: AgentRegistry, origin: str) -> BreakerExchange | None:
-    """What shows the breakers of ``agents``, and shares those that are to be; None where there is nothing to show."""
-    if not isinstance(queue, RedisStreamTaskQueue) or not agents.breakers():
+    """What shows the breakers of ``agents``, also those that come later, and shares those that are to be; None: no Redis."""
+    if not isinstance(queue, RedisStreamTaskQueue):
         return None
     return BreakerExchange(queue.manager, queue.name, origin=origin, breakers=agents.breakers)

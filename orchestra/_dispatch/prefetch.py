@@ -9,6 +9,8 @@ import math
 
 SECONDS, MOST = 0.02, 1000
 """What ends in so many seconds at the present rate is held, and never more tasks than that."""
+SMALL = 16
+"""A read of fewer deliveries is a matter of latency, not of throughput."""
 RATE_MEMORY = 0.25
 """Seconds over which the present rate is averaged: agents that wait alike end in waves."""
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 from orchestra import telemetry
 from orchestra._delivery import Delivery
 from orchestra._pool.executors import Left
+from orchestra._pool.slots import Slot
 from orchestra.agents import THREADS, AgentRegistry
-from orchestra.orchestration_worker_pool import QueueWorkerPool, Slot
+from orchestra.orchestration_worker_pool import QueueWorkerPool
 from orchestra.tasks import BaseTask
 
 STUCK_AFTER = 5.0

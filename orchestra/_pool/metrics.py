@@ -8,35 +8,35 @@ Buckets of equal ratio bound the relative error at any magnitude with a fixed si
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from orchestra.tasks import require_number
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _PER_DOUBLING, _BUCKETS = 5, 192
 _SHORTEST = 1e-6
 _LONGEST = _SHORTEST * 2 ** (_BUCKETS / _PER_DOUBLING)
 _OFFSET = -_PER_DOUBLING * math.log2(_SHORTEST)
-_EDGES = _SHORTEST * 2.0 ** (np.arange(1, _BUCKETS + 1) / _PER_DOUBLING)
+_EDGES = tuple(_SHORTEST * 2.0 ** (bucket / _PER_DOUBLING) for bucket in range(1, _BUCKETS + 1))
 _log2 = math.log2
 
 
 class Histogram:
     """Durations from 1 µs to 4 days in 192 buckets; a percentile is at most 15 % above the exact one and never below.
 
-    Shorter durations count as 1 µs, longer ones as the longest; 1.8 KiB each, whatever is counted. The counts are a
-    NumPy array; :meth:`add` goes through a memoryview of it, which costs half of an index into the array.
+    Shorter durations count as 1 µs, longer ones as the longest; 1.8 KiB each, whatever is counted.
     """
 
-    __slots__ = ("_cells", "count", "longest", "total", "values")
+    __slots__ = ("_cells", "count", "longest", "total")
 
     def __init__(self) -> None:
-        self.values = np.zeros(_BUCKETS, np.int64)
-        """How many durations fell into each bucket."""
-        self._cells = self.values.data
+        self._cells = array("q", bytes(8 * _BUCKETS))
         self.count = 0
         self.total = 0.0
         """Sum of the durations, seconds."""
@@ -62,6 +62,16 @@ class Histogram:
             self.longest = seconds
 
     @property
+    def values(self) -> NDArray[np.int64]:
+        """How many durations fell into each bucket: the counts themselves, as a NumPy array.
+
+        NumPy is imported when somebody looks: 18 MiB and 60 ms that most workers never need.
+        """
+        import numpy as np  # noqa: PLC0415
+
+        return np.frombuffer(self._cells, np.int64)
+
+    @property
     def mean(self) -> float:
         """Mean duration in seconds; 0 when there are none."""
         return self.total / self.count if self.count else 0.0
@@ -82,11 +92,12 @@ class Histogram:
             return [0.0] * len(shares)
         below = self.values.cumsum()
         indexes = below.searchsorted([max(1, math.ceil(q * self.count)) for q in shares])
-        return [min(float(_EDGES[index]), self.longest) for index in indexes]
+        return [min(_EDGES[index], self.longest) for index in indexes]
 
     def merge(self, other: Histogram) -> None:
         """Add what ``other`` has counted."""
-        self.values += other.values
+        values = self.values
+        values += other.values
         self.count += other.count
         self.total += other.total
         self.longest = max(self.longest, other.longest)
@@ -100,7 +111,8 @@ class Histogram:
     def since(self, earlier: Histogram) -> Histogram:
         """What has been counted since ``earlier``, a :meth:`copy` of this one; ``longest`` is that of all times."""
         made = Histogram()
-        made.values += self.values - earlier.values
+        values = made.values
+        values += self.values - earlier.values
         made.count, made.total = self.count - earlier.count, self.total - earlier.total
         made.longest = self.longest
         return made

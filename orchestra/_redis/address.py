@@ -22,7 +22,7 @@ from orchestra.tasks import require_int, require_number
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("orchestra.address")
 
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster", "embedded", "memory")
 _FORMS = (

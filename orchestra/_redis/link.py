@@ -139,7 +139,7 @@ class Link:
     async def send(self, packed: bytes, count: int, timeout: float | None = None, *, shared: bool = True) -> list[Any]:
         """Send packed commands once; error replies are elements of the list.
 
-        A ``shared`` connection survives the caller's cancellation; another is thrown away, and is a loop turn quicker.
+        A ``shared`` connection survives the caller's cancellation; another is thrown away.
         """
         if self._home is not asyncio._get_running_loop():  # None, not an error, in a forked child
             self.check_loop()
@@ -148,8 +148,7 @@ class Link:
             wire = await self.wire()
         if not wire.writable:
             await wire.drain()
-        replies = wire.send_nowait(packed, count, timeout=timeout)
-        return await (asyncio.shield(replies) if shared else replies)
+        return await wire.send_nowait(packed, count, timeout=timeout, shared=shared)
 
     async def patiently(self, attempt: Callable[[], Awaitable[T]], patience: float) -> tuple[T, bool]:
         """Repeat ``await attempt()`` while Redis is unavailable, for up to ``patience`` seconds.
@@ -216,6 +215,21 @@ class Link:
                 raise in_doubt(error) if attempts > 1 else error from reply
             return reply
 
+        wire = self._wire
+        if wire is None or wire.closed or not wire.writable or self._home is not asyncio._get_running_loop():
+            return (await self.patiently(attempt, patience))[0]
+        attempts = 1  # at once, without the coroutines of the general case: a single task is a matter of latency
+        try:
+            reply = (await wire.send_nowait(call.pack(), 1, shared=True))[0]
+            if not isinstance(reply, ReplyError):
+                return reply
+            if not forgotten(reply):
+                raise reply_error(reply, self.manager.address.safe) from reply
+            attempts = 0  # it was not executed
+        except ForkedProcessError:
+            raise
+        except StoreUnavailableError as error:
+            return await self._again(attempt, patience, error)
         return (await self.patiently(attempt, patience))[0]
 
     async def close(self) -> None:

@@ -80,13 +80,16 @@ class Endpoint:
 
 
 class _Batch(asyncio.Future[list[Any]]):
-    """The replies to ``count`` commands. Cancelling it gives up its slots, hence the connection."""
+    """The replies to ``count`` commands. Cancelling it gives up its slots, hence the connection, unless it is ``shared``:
+    then its replies are received in order and dropped.
+    """
 
-    __slots__ = ("count", "deadline", "replies", "wire")
+    __slots__ = ("count", "deadline", "replies", "shared", "wire")
 
-    def __init__(self, wire: Wire, count: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, wire: Wire, count: int, loop: asyncio.AbstractEventLoop, *, shared: bool) -> None:
         super().__init__(loop=loop)
         self.wire = wire
+        self.shared = shared
         self.count = count
         self.deadline = 0.0
         self.replies: list[Any] = []
@@ -94,7 +97,8 @@ class _Batch(asyncio.Future[list[Any]]):
     def cancel(self, msg: Any | None = None) -> bool:
         if not super().cancel(msg=msg):
             return False
-        self.wire._abort("a caller was cancelled while its reply was in flight")
+        if not self.shared:
+            self.wire._abort("a caller was cancelled while its reply was in flight")
         return True
 
 
@@ -171,7 +175,9 @@ class Wire(asyncio.BufferedProtocol):
         """How many batches wait for replies."""
         return len(self._pending)
 
-    def send_nowait(self, packed: bytes, count: int, *, timeout: float | None = None) -> asyncio.Future[list[Any]]:
+    def send_nowait(
+        self, packed: bytes, count: int, *, timeout: float | None = None, shared: bool = False
+    ) -> asyncio.Future[list[Any]]:
         """Write ``packed``, which holds ``count`` >= 1 commands, and return the future list of their replies.
 
         Error replies are elements of the list (:data:`ReplyError`), never raised. Cancelling the future closes the
@@ -186,7 +192,7 @@ class Wire(asyncio.BufferedProtocol):
             raise self._gone()
         if count < 1:
             raise ValueError(f"a batch holds at least one command, got count={count!r}")
-        batch = _Batch(self, count, self._loop)
+        batch = _Batch(self, count, self._loop, shared=shared)
         deadline = self._loop.time() + (self._timeout if timeout is None else timeout)
         if self._pending:
             deadline = max(deadline, self._pending[-1].deadline)
@@ -296,7 +302,8 @@ class Wire(asyncio.BufferedProtocol):
                 if len(pending) == 1:
                     break  # who sends too much may have sent this one wrongly: look first
                 pending.popleft()
-                batch.set_result(got)
+                if not batch.done():
+                    batch.set_result(got)
             stray = reader.gets()
         except (hiredis.ProtocolError, MemoryError, TypeError) as exc:  # 2^32 elements do not fit, nor a list as a key
             self._abort(f"it does not speak Redis's protocol: {exc or 'a list of absurd length'}")
@@ -305,7 +312,8 @@ class Wire(asyncio.BufferedProtocol):
             self._abort(f"it sent a reply nobody asked for: {stray!r}"[:200])
         elif pending:
             batch = pending.popleft()
-            batch.set_result(batch.replies)
+            if not batch.done():
+                batch.set_result(batch.replies)
 
     def eof_received(self) -> bool:
         """Part of asyncio's protocol interface."""

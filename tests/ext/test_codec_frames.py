@@ -14,7 +14,7 @@ import weakref
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestra._ext.codec import (
@@ -191,7 +191,7 @@ def test_a_path_begins_with_the_key_of_the_task():
 
 
 @given(TASKS, st.integers(1, 2000))
-@settings(max_examples=50)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])  # large values are the point
 def test_max_bytes_bounds_the_frame(task, limit):
     size = len(CODEC.encode(task).frame)
     if size <= limit:

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestra import _execution, telemetry
+from orchestra import telemetry
 from orchestra._delivery import DONE, WANTS_RESULT, Again, Bury, Complete, Delivery
+from orchestra._dispatch.isolation import Rest, first_step
 from orchestra._execution import BUSY_DELAY, Ended, Execution, current_task
+from orchestra._pool.slots import Slot
 from orchestra.agents import AgentRegistry
 from orchestra.errors import CircuitOpenError, Reject, RetryLater, Throttled
 from orchestra.load_balancer import BaseLoadBalancerStrategy, RoundRobinStrategy
-from orchestra.orchestration_worker_pool import OrchestrationWorkerPoolConfig, QueueWorkerPool, Slot
+from orchestra.orchestration_worker_pool import OrchestrationWorkerPoolConfig, QueueWorkerPool
 from orchestra.serialization import encode_task
 from orchestra.tasks import Outcome, Retry, TaskPriority
 from orchestra.testing import SimulatedCrash
@@ -46,13 +48,16 @@ class Runner:
         self._waiting: list[tuple[Delivery, asyncio.Future[Ended]]] = []
         pool.attach(self)
 
-    def take_nowait(self):
-        return self._waiting.pop(0) if self._waiting else None
+    def start_nowait(self, slot: Slot, until: float):
+        if not self._waiting:
+            return None
+        slot.source, slot.item = self, self._waiting.pop(0)
+        return self._run(*slot.item, slot)
 
-    async def run_item(self, item, slot: Slot) -> None:
-        given, future = item
+    async def _run(self, given: Delivery, future: asyncio.Future[Ended], slot: Slot) -> None:
         try:
-            future.set_result(await self.execution.run(given, slot))
+            ended = self.execution.start_nowait(given, slot)
+            future.set_result(ended if isinstance(ended, Ended) else await ended)
         except BaseException as error:
             future.set_exception(error if not isinstance(error, asyncio.CancelledError) else RuntimeError("cancelled"))
             raise
@@ -153,7 +158,7 @@ async def test_a_value_travels_only_to_who_wants_it(agents, runner, flags, value
         (RetryLater(7.5), Outcome.FAILED, Again(7.5, "retried")),
         (RetryLater(-1.0), Outcome.FAILED, Again(0.001, "retried")),
         (Throttled(4.0, "key"), Outcome.THROTTLED, Again(4.0, "throttled")),
-        (Throttled(-4.0), Outcome.THROTTLED, Again(0.0, "throttled")),
+        (Throttled(-4.0), Outcome.THROTTLED, Again(0.001, "throttled")),
         (SimulatedCrash("no Exception"), Outcome.FAILED, Again(1.0, "retried")),
         (BaseExceptionGroup("many", [SimulatedCrash("x")]), Outcome.FAILED, Again(1.0, "retried")),
         (ExceptionGroup("many", [ValueError("x")]), Outcome.FAILED, Again(1.0, "retried")),
@@ -444,7 +449,7 @@ async def test_an_agent_that_is_dropped_half_way_is_closed_in_good_order():
         finally:
             closed.append(True)
 
-    waiting = _execution._isolated(agent, SimpleNamespace(id="t1"))
+    waiting = Rest(*first_step(agent, SimpleNamespace(id="t1"), current_task)).__await__()
     waiting.send(None)
     waiting.close()
     assert closed == [True]

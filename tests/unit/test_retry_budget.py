@@ -14,11 +14,11 @@ from orchestra._backoff import BURST, RetryBucket, ceiling, delay, wanted, whole
 from orchestra._delivery import Again, Bury, Delivery
 from orchestra._dispatch.retry_gate import RetryGate
 from orchestra._execution import Execution
+from orchestra._pool.slots import Slot
 from orchestra.agents import AgentRegistry
 from orchestra.cli.worker import parse_retry_budget
 from orchestra.errors import ConfigurationError, RetryLater
 from orchestra.load_balancer import RoundRobinStrategy
-from orchestra.orchestration_worker_pool import Slot
 from orchestra.serialization import encode_task
 from orchestra.tasks import Outcome, Retry, RetryBudget
 from orchestra.testing import Recorder
@@ -181,7 +181,7 @@ class Failing:
         encoded = encode_task({"id": "t", "type": "work", **fields})
         extra = (b"n", str(retries).encode()) if retries else ()
         delivery = Delivery(2, b"1-1", (b"t", encoded.frame, *extra), "c")
-        return (await self._execution.run(delivery, Slot())).verdict
+        return (await self._execution.run(delivery, Slot(), delivery.task())).verdict
 
 
 @pytest.mark.parametrize("after", [0.0, 0.0004, 0.25, 7.5, 3600.0])
