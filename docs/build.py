@@ -138,10 +138,9 @@ def errors() -> str:
     return "\n".join([NOTE + intro, f"```text{tree}\n```\n", table(("class", "code", "meaning"), rows)])
 
 
-def documented_keys() -> Iterator[tuple[str, str]]:
-    """Each key with the text below its assignment in ``_keys.py``."""
-    keys = _keys.QueueKeys("QUEUE")
-    source = ast.parse(inspect.getsource(_keys.QueueKeys)).body[0]
+def assigned_keys(keys: Any) -> Iterator[tuple[str, str]]:
+    """The keys that a class of ``_keys.py`` assigns, each with the text below."""
+    source = ast.parse(inspect.getsource(type(keys))).body[0]
     body = next(node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == "__init__").body
     for node, following in itertools.pairwise(body):
         if (
@@ -151,6 +150,12 @@ def documented_keys() -> Iterator[tuple[str, str]]:
         ):
             value = getattr(keys, node.targets[0].attr)
             yield (value if isinstance(value, str) else " ".join(value)), following.value.value
+
+
+def documented_keys() -> Iterator[tuple[str, str]]:
+    """Each key with the text below its assignment in ``_keys.py``, or of the function that makes it."""
+    keys = _keys.QueueKeys("QUEUE")
+    yield from assigned_keys(keys)
     yield keys.result("ID"), inspect.getdoc(_keys.QueueKeys.result)
     yield keys.replies("CLIENT"), inspect.getdoc(_keys.QueueKeys.replies)
     yield keys.breakers_of("PROCESS"), inspect.getdoc(_keys.QueueKeys.breakers_of)
@@ -158,10 +163,15 @@ def documented_keys() -> Iterator[tuple[str, str]]:
     yield _keys.limit_settings(), inspect.getdoc(_keys.limit_settings)
     yield _keys.limit_names(), inspect.getdoc(_keys.limit_names)
     yield _keys.breaker("NAME"), inspect.getdoc(_keys.breaker)
+    workflows = _keys.WorkflowKeys("SPACE")
+    yield from assigned_keys(workflows)
     for function, given in (
+        (workflows.state, ("ID",)),
+        (workflows.context, ("ID",)),
+        (workflows.events, ("ID",)),
         (_keys.lock, ("NAME",)),
         (_keys.memory, ("SPACE", "NAME")),
-        (_keys.workflow, ("SPACE", "ID")),
+        (_keys.memory_names, ("SPACE",)),
     ):
         value = function(*given)
         yield (value if isinstance(value, str) else " ".join(value)), inspect.getdoc(function)

@@ -1,4 +1,4 @@
-"""Audit a tree of Python files with a pipeline of five agents: ``orchestra run examples/code_audit.py [DIRECTORY]``.
+"""Audit a tree of Python files with a pipeline of agents and a workflow for each package: ``orchestra run examples/code_audit.py [DIRECTORY]``.
 
 Without a directory it audits the standard library of the interpreter it runs in: about five thousand tasks.
 
@@ -9,7 +9,8 @@ risks      finds risky constructs in one file, with their lines; in worker proce
 docs       grades the docstrings of one file; three replicas: ``careful`` takes three of six tasks, ``service`` two and
            ``quick`` one. ``service`` stands for a grader behind a network that is just being restarted: its breaker takes
            it out of rotation and back in. No package may have more than 120 files a second graded: a limit with a key
-summary    judges one package from the results of its files; urgent, and limited to 50 a second
+package    a workflow for each package, from the results of its files: ``size`` and ``danger`` side by side, then
+           ``summary``, which is limited to 50 a second
 verdict    judges the whole from the summaries
 =========  ===========================================================================================================
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import hashlib
 import re
 import sys
@@ -35,7 +37,7 @@ from typing import Any
 
 from rich.table import Table
 
-from orchestra import App, BaseTask, CircuitBreakerConfig, RateLimitConfig, Retry, TaskPriority
+from orchestra import App, BaseTask, CircuitBreakerConfig, RateLimitConfig, Retry, TaskFailedError, TaskPriority
 
 # Twelve at once keep the worker processes fed; a hundred would only wait in front of them.
 app = App("code-audit", concurrency=12, retry=Retry(max_retries=2, base=0.4, max_delay=2.0), max_task_bytes=16 << 20)
@@ -145,18 +147,44 @@ async def docs_quick(root: str, path: str) -> Finding:
     return {"path": path, "by": "quick", "coverage": round(share, 2), "grade": _grade(share)}
 
 
-@app.agent(priority=TaskPriority.CRITICAL, limit=RateLimitConfig(rate=50, burst=20))
-async def summary(package: str, files: list[Finding], unparsed: int) -> Finding:
-    """What the files of one package add up to."""
+# -- the workflow of one package: two steps side by side, and one that joins them
+
+PACKAGE = [
+    {
+        "id": "size",
+        "action": "size",
+        "args": {"files": {"$ref": "input.files"}, "unparsed": {"$ref": "input.unparsed"}},
+    },
+    {"id": "danger", "action": "danger", "args": {"files": {"$ref": "input.files"}}},
+    {
+        "id": "summary",
+        "action": "summary",
+        "args": {"package": {"$ref": "input.package"}, "size": {"$ref": "size"}, "danger": {"$ref": "danger"}},
+        "depends_on": ["size", "danger"],
+    },
+]
+
+
+@app.agent
+async def size(files: list[Finding], unparsed: int) -> Finding:
+    """How much a package is."""
+    return {"files": len(files) + unparsed, "lines": sum(f["lines"] for f in files), "unparsed": unparsed}
+
+
+@app.agent
+async def danger(files: list[Finding]) -> Finding:
+    """How bad a package is."""
     return {
-        "package": package,
-        "files": len(files) + unparsed,
-        "lines": sum(f["lines"] for f in files),
         "risks": sum(f["risks"] for f in files),
         "score": round(sum(f["score"] for f in files) / max(1, len(files)), 1),
         "worst": max(files, key=lambda f: f["score"], default={"path": None})["path"],
-        "unparsed": unparsed,
     }
+
+
+@app.agent(limit=RateLimitConfig(rate=50, burst=20))
+async def summary(package: str, size: Finding, danger: Finding) -> Finding:
+    """What the files of one package add up to."""
+    return {"package": package, **size, **danger}
 
 
 @app.agent(priority=TaskPriority.CRITICAL)
@@ -168,6 +196,7 @@ async def verdict(packages: list[Finding]) -> Finding:
     return {
         "packages": len(packages),
         "lines": lines,
+        "riskiest": sorted(packages, key=lambda p: (-p["risks"], p["package"]))[:5],
         "text": f"{per_kilo:.1f} risky constructs per 1,000 lines; the package to begin with is {worst}",
     }
 
@@ -177,23 +206,32 @@ async def verdict(packages: list[Finding]) -> Finding:
 
 @app.source
 async def tasks(job: Any) -> AsyncIterator[dict[str, Any]]:
-    """Three tasks for each file, one for each package once its files are done, one for all."""
+    """Three tasks for each file, a workflow for each package once its files are done, one task for all."""
     root, paths = find_files(job.args[0] if job.args else sysconfig.get_paths()["stdlib"])
     packages: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         packages[package_of(path)].append(path)
-    job.expect(3 * sum(map(len, packages.values())) + len(packages) + 1)
+    job.expect(3 * sum(map(len, packages.values())) + 1)
     for package, paths in packages.items():
         for path in paths:
             for agent in ("measure", "risks", "docs"):
                 yield _task(agent, path, {"root": str(root), "path": path}, _priority(package))
+    runs = []
     for package, paths in packages.items():
         files = merge(await job.results(_id(agent, path) for agent in ("measure", "risks") for path in paths))
         facts = [{"path": f["path"], "lines": f["lines"], "risks": f["risks"], "score": score(f)[0]} for f in files]
         given = {"package": package, "files": facts, "unparsed": len(paths) - len(files)}
-        yield _task("summary", package, given, TaskPriority.CRITICAL)
-    found = await job.results(_id("summary", package) for package in packages)
-    yield _task("verdict", "all", {"packages": list(found.values())}, TaskPriority.CRITICAL)
+        # Started again by a later run of this job, a workflow goes on or has its result: its id is the same.
+        runs.append(
+            await app.start_workflow(
+                "package", given, plan=PACKAGE, id=_id("package", package), priority=TaskPriority.CRITICAL
+            )
+        )
+    found = []
+    for run in runs:
+        with contextlib.suppress(TaskFailedError):  # `orchestra workflow ls --status failed` shows it
+            found.append(await run.result())
+    yield _task("verdict", "all", {"packages": found}, TaskPriority.CRITICAL)
 
 
 def find_files(directory: str) -> tuple[Path, list[str]]:
@@ -382,11 +420,18 @@ def report(job: Any, results: Iterable[Finding]) -> None:
         grade = grades.get(f["path"], {}).get("grade") or "?"
         worst.add_row(f"{points:.0f}", f["path"], f"{f['lines']:,}", grade, why)
     job.console.print(worst)
-    job.console.print(_package_table(v for i, v in done.items() if i.startswith("summary:")))
+    judged = done.get(_id("verdict", "all"))
+    if judged is not None:
+        job.console.print(_package_table(judged["riskiest"]))
     _print_totals(job.console, files, grades, dead)
-    for i, value in done.items():
-        if i.startswith("verdict:"):
-            job.console.print(f"{value['text']}.", style="bold", soft_wrap=True)
+    if judged is not None:
+        first = _id("package", judged["riskiest"][0]["package"]) if judged["riskiest"] else ""
+        job.console.print(
+            f"{judged['packages']} packages summed up by a workflow each, size and danger side by side; see one of them:\n"
+            f"  orchestra workflow show {first} --queue {app.queue_name}",
+            soft_wrap=True,
+        )
+        job.console.print(f"{judged['text']}.", style="bold", soft_wrap=True)
 
 
 def _package_table(packages: Iterable[Finding]) -> Table:
@@ -394,7 +439,7 @@ def _package_table(packages: Iterable[Finding]) -> Table:
     table.add_column("package")
     for heading in ("files", "lines", "risks", "per 1,000 lines", "mean score"):
         table.add_column(heading, justify="right")
-    for p in sorted(packages, key=lambda p: (-p["risks"], p["package"]))[:5]:
+    for p in packages:
         rate = 1000 * p["risks"] / max(1, p["lines"])
         table.add_row(
             p["package"], f"{p['files']:,}", f"{p['lines']:,}", f"{p['risks']:,}", f"{rate:.1f}", f"{p['score']:.1f}"

@@ -26,9 +26,21 @@ if TYPE_CHECKING:
     from orchestra._breakers.exchange import BreakerExchange
     from orchestra._durability import Durability
     from orchestra._front.runs import Run, SendOptions
+    from orchestra._front.workflow_runs import WorkflowRun
     from orchestra._queue.base import DistributedLock, QueueStats
     from orchestra._redis.address import Address, parse_address
-    from orchestra.agents import Agent, AgentOptions, AgentRegistry, LimitUse, get_agent_registry
+    from orchestra.agents import (
+        Agent,
+        AgentContext,
+        AgentOptions,
+        AgentRegistry,
+        ExecutorAgent,
+        LimitUse,
+        PlannerAgent,
+        create_agent,
+        current_context,
+        get_agent_registry,
+    )
     from orchestra.app import AgentHandle, App
     from orchestra.circuit_breaker import (
         BreakerSnapshot,
@@ -42,6 +54,7 @@ if TYPE_CHECKING:
     from orchestra.embedded import EmbeddedServer
     from orchestra.errors import (
         BackpressureRejectedError,
+        BudgetExceededError,
         CircuitOpenError,
         ConfigurationError,
         CorruptEntryError,
@@ -67,8 +80,10 @@ if TYPE_CHECKING:
         TaskFailedError,
         TaskTooLargeError,
         Throttled,
+        ToolRepeatError,
         UnknownAgentError,
         UnsafeServerError,
+        WaitForSignal,
         WorkerPoolError,
         WorkflowError,
         WrongLoopError,
@@ -127,6 +142,7 @@ __all__ = [  # noqa: RUF022 - grouped for people
     "App",
     "Run",
     "SendOptions",
+    "WorkflowRun",
     # tasks and words
     "BaseTask",
     "Cancellation",
@@ -146,8 +162,13 @@ __all__ = [  # noqa: RUF022 - grouped for people
     "RedisStreamTaskQueue",
     # agents and dispatching
     "Agent",
+    "AgentContext",
     "AgentOptions",
     "AgentRegistry",
+    "ExecutorAgent",
+    "PlannerAgent",
+    "create_agent",
+    "current_context",
     "LimitUse",
     "get_agent_registry",
     "Dispatcher",
@@ -206,6 +227,7 @@ __all__ = [  # noqa: RUF022 - grouped for people
     "EmbeddedServer",
     # errors
     "BackpressureRejectedError",
+    "BudgetExceededError",
     "CircuitOpenError",
     "ConfigurationError",
     "CorruptEntryError",
@@ -231,8 +253,10 @@ __all__ = [  # noqa: RUF022 - grouped for people
     "TaskFailedError",
     "TaskTooLargeError",
     "Throttled",
+    "ToolRepeatError",
     "UnknownAgentError",
     "UnsafeServerError",
+    "WaitForSignal",
     "WorkerPoolError",
     "WorkflowError",
     "WrongLoopError",
@@ -244,11 +268,12 @@ __all__ = [  # noqa: RUF022 - grouped for people
 _HOMES = {
     "orchestra.app": "AgentHandle App",
     "orchestra._front.runs": "Run SendOptions",
+    "orchestra._front.workflow_runs": "WorkflowRun",
     "orchestra.tasks": "BaseTask Cancellation DeadLetter Outcome Retry RetryBudget TaskDict TaskPriority TaskState",
     "orchestra._queue.base": "DistributedLock QueueStats",
     "orchestra.memory_queue": "InMemoryTaskQueue",
     "orchestra.task_queue": "BaseTaskQueue RedisStreamTaskQueue",
-    "orchestra.agents": "Agent AgentOptions AgentRegistry LimitUse get_agent_registry",
+    "orchestra.agents": "Agent AgentContext AgentOptions AgentRegistry ExecutorAgent LimitUse PlannerAgent create_agent current_context get_agent_registry",
     "orchestra.dispatcher": "Dispatcher",
     "orchestra.scheduler": "PriorityScheduler SchedulerStatistics get_scheduler",
     "orchestra.load_balancer": "BaseLoadBalancerStrategy ConsistentHashStrategy LeastLoadedStrategy RandomStrategy RoundRobinStrategy WeightedRoundRobinStrategy create_load_balancer register_strategy",
@@ -264,7 +289,7 @@ _HOMES = {
     "orchestra._durability": "Durability",
     "orchestra.connections": "ConnectionManager ServerInfo get_connection_manager",
     "orchestra.embedded": "EmbeddedServer",
-    "orchestra.errors": "BackpressureRejectedError CircuitOpenError ConfigurationError CorruptEntryError DurabilityError EmbeddedServerError ForkedProcessError InternalError InvalidTaskError InvalidTaskTypeError LockError MissingDependencyError OrchestraError QueueFullError Reject ResultUnavailableError RetryLater StoreAuthError StoreError StoreFullError StoreUnavailableError StreamExhaustedError TaskCancelledError TaskFailedError TaskTooLargeError Throttled UnknownAgentError UnsafeServerError WorkerPoolError WorkflowError WrongLoopError",
+    "orchestra.errors": "BackpressureRejectedError BudgetExceededError CircuitOpenError ConfigurationError CorruptEntryError DurabilityError EmbeddedServerError ForkedProcessError InternalError InvalidTaskError InvalidTaskTypeError LockError MissingDependencyError OrchestraError QueueFullError Reject ResultUnavailableError RetryLater StoreAuthError StoreError StoreFullError StoreUnavailableError StreamExhaustedError TaskCancelledError TaskFailedError TaskTooLargeError Throttled ToolRepeatError UnknownAgentError UnsafeServerError WaitForSignal WorkerPoolError WorkflowError WrongLoopError",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 _MODULES = frozenset(("telemetry", "testing"))

@@ -1,6 +1,7 @@
 """A delivery, the verdicts that end it, and the terminal record a sender may ask for. No I/O.
 
-An entry of a lane has the field ``t`` (the task's frame, see :mod:`orchestra.serialization`) and, once it has been
+A lane is read from two streams: what was there before and comes back stands in the one before it (numbers 4 to 7), and is
+read first. An entry of either has the field ``t`` (the task's frame, see :mod:`orchestra.serialization`) and, once it has been
 moved, ``n`` (retries consumed), ``d`` (deliveries before this entry) and ``g`` (generation: how often the task was
 replayed from the dead letters). The frame never changes, so no script has to understand it.
 """
@@ -15,17 +16,22 @@ from typing import Any, TypeAlias
 from orchestra import telemetry
 from orchestra.errors import CorruptEntryError
 from orchestra.serialization import TaskHeader, decode_body, decode_header, decode_task, dumps, encode_task, loads
-from orchestra.tasks import BaseTask, TaskDict
+from orchestra.tasks import LANES, BaseTask, TaskDict
 
 WANTS_RESULT = 1
 """Bit of a frame's flags: the sender wants the terminal record kept."""
+STEP = "orchestra.step"
+"""Key of a task's metadata: it is a step of a workflow, ``[namespace, workflow id, step index, series]``."""
+RETRY = "orchestra.retry"
+"""Key of a step's metadata: the fields of its own :class:`~orchestra.tasks.Retry`."""
 
 
 class Delivery:
     """One hand-over of a task to one consumer. Belongs to the event loop that read it.
 
     ``deliveries`` counts hand-overs of this entry (1 unless it was reclaimed), ``before`` those of the task's earlier
-    entries, ``retries`` the attempts consumed so far. ``lost`` is set when the lease turned out to be another's,
+    entries, ``retries`` the attempts consumed so far. ``lane`` is its priority, 0 to 3, ``stream`` where its entry is: the
+    lane, or that number and 4 for the stream before it. ``lost`` is set when the lease turned out to be another's,
     ``abandoned`` when its agent is out of control and the lease is no longer to be renewed.
     """
 
@@ -43,12 +49,14 @@ class Delivery:
         "lost",
         "rank",
         "retries",
+        "stream",
     )
 
     def __init__(
-        self, lane: int, entry: bytes, fields: Sequence[bytes], consumer: str, deliveries: int = 1, rank: int = 0
+        self, stream: int, entry: bytes, fields: Sequence[bytes], consumer: str, deliveries: int = 1, rank: int = 0
     ) -> None:
-        self.lane = lane
+        self.stream = stream
+        self.lane = stream if stream < LANES else stream - LANES
         self.entry = entry
         self.consumer = consumer
         self.deliveries = deliveries
@@ -92,8 +100,8 @@ class Delivery:
 
     @property
     def message_id(self) -> str:
-        """``<lane>:<entry id>``: what ``consume`` hands out and ``acknowledge`` takes."""
-        return f"{self.lane}:{self.entry.decode()}"
+        """``<stream>:<entry id>``: what ``consume`` hands out and ``acknowledge`` takes."""
+        return f"{self.stream}:{self.entry.decode()}"
 
     @property
     def attempt(self) -> int:
@@ -114,13 +122,16 @@ class Delivery:
         """What the agent is handed; decodes the body."""
         header = self.header
         body = decode_body(self.frame, header)
+        metadata = body.pop("metadata", None) or {}
+        if type(metadata) is not dict:
+            raise CorruptEntryError(f"task {header.id}: metadata must be a map, not {type(metadata).__name__}")
         return BaseTask(
             header.id,
             header.type,
             body.pop("input", None),
             header.lane,
             self.retries + 1,
-            body.pop("metadata", None) or {},
+            metadata,
             header.max_retries,
             header.timeout,
             header.deadline,
@@ -131,6 +142,14 @@ class Delivery:
     def task_dict(self) -> TaskDict:
         """The task as it was produced."""
         return decode_task(self.frame)
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it is a step of a workflow; decodes the body. False for what is no task."""
+        try:
+            return STEP in self.task().metadata
+        except CorruptEntryError:
+            return False
 
     def __repr__(self) -> str:
         return f"<Delivery {self.message_id} deliveries={self.deliveries} attempt={self.attempt}>"

@@ -32,6 +32,9 @@ ANY: Final = b"*"
 """Commit whatever token the document carries."""
 TOKEN: Final = "k"  # noqa: S105 - the name of a field
 VERSION: Final = "v"
+NOTE_GRACE: Final = 3600.0
+"""Seconds after which a name that was noted must have been written, or never will be."""
+_LOOK: Final = 500
 _jitter = random.Random()  # noqa: S311 - spreads retries, guards nothing
 
 
@@ -63,6 +66,15 @@ class DocumentStore(Protocol):
     async def entries(self, key: str, start: int, count: int) -> list[bytes]:
         """At most ``count`` entries of a log from position ``start``."""
 
+    async def note(self, key: str, name: str, *, ttl_ms: int) -> None:
+        """Put ``name``, which is about to be written for ``ttl_ms``, on the list ``key``."""
+
+    async def noted(self, key: str, places: Callable[[str], tuple[str, ...]]) -> list[str]:
+        """The names on the list ``key`` of whose full keys ``places(name)`` one exists, the last noted one last.
+
+        Others are dropped from it once they were noted :data:`NOTE_GRACE` ago.
+        """
+
 
 def new_token() -> bytes:
     """The token of one commit: 64 random bits, from the system, so that forks do not repeat each other's."""
@@ -74,6 +86,11 @@ class RedisStore:
 
     def __init__(self, manager: ConnectionManager) -> None:
         self._manager = manager
+
+    @property
+    def manager(self) -> ConnectionManager:
+        """The connections it uses."""
+        return self._manager
 
     async def read(self, keys: Sequence[str], fields: Sequence[str] = ()) -> list[dict[str, bytes]]:
         """See :class:`DocumentStore`. O(fields read)."""
@@ -121,6 +138,32 @@ class RedisStore:
             entries: list[bytes] = await self._manager.client.lrange(key, start, start + count - 1)
         return entries
 
+    async def note(self, key: str, name: str, *, ttl_ms: int) -> None:
+        """See :class:`DocumentStore`."""
+        await self._call("memory_note", key, [name, ttl_ms])
+
+    async def noted(self, key: str, places: Callable[[str], tuple[str, ...]]) -> list[str]:
+        """See :class:`DocumentStore`. O(names), a round trip for each 500 and two more."""
+        with self._errors("list"):
+            noted = await self._manager.client.zrange(key, 0, -1, withscores=True)
+            seconds, _ = await self._manager.client.time()
+        rows, found = [(raw.decode(), score) for raw, score in noted], list[bool]()
+        for first in range(0, len(rows), _LOOK):
+            found += await self._exist([places(name) for name, _ in rows[first : first + _LOOK]])
+        named = list(zip(rows, found, strict=True))
+        gone = [row for row, here in named if not here and row[1] < (seconds - NOTE_GRACE) * 1e6]
+        for first in range(0, len(gone), _LOOK):
+            await self._call("memory_forget", key, [each for row in gone[first : first + _LOOK] for each in row])
+        return [name for (name, _), here in named if here]
+
+    async def _exist(self, groups: list[tuple[str, ...]]) -> list[bool]:
+        """Of each group of keys of one slot: whether one of them exists."""
+        with self._errors("list"):
+            async with self._manager.client.pipeline(transaction=False) as pipe:
+                for keys in groups:
+                    pipe.exists(*keys)
+                return [bool(count) for count in await pipe.execute()]
+
     def _errors(self, doing: str) -> AbstractContextManager[None]:
         return store_errors(self._manager.address.safe, doing)
 
@@ -139,6 +182,7 @@ class LocalStore:
         self._now = now
         self._documents: dict[str, dict[str, bytes]] = {}
         self._logs: dict[str, list[bytes]] = {}
+        self._names: dict[str, dict[str, float]] = {}
         self._expiry: dict[str, float] = {}
         self._due: list[tuple[float, str]] = []  # heap; entries that `_expiry` contradicts are void
 
@@ -189,6 +233,27 @@ class LocalStore:
         """See :class:`DocumentStore`."""
         self._expire()
         return self._logs.get(key, [])[start : start + count]
+
+    async def note(self, key: str, name: str, *, ttl_ms: int) -> None:
+        """See :class:`DocumentStore`."""
+        names = self._names.setdefault(key, {})
+        names.pop(name, None)
+        names[name] = self._now()
+
+    async def noted(self, key: str, places: Callable[[str], tuple[str, ...]]) -> list[str]:
+        """See :class:`DocumentStore`."""
+        self._expire()
+        names, late = self._names.get(key, {}), self._now() - NOTE_GRACE
+        found = [name for name in names if any(self._holds(place) for place in places(name))]
+        for name in names.keys() - set(found):
+            if names[name] < late:
+                del names[name]
+        if not names:
+            self._names.pop(key, None)
+        return found
+
+    def _holds(self, key: str) -> bool:
+        return key in self._documents or key in self._logs
 
     def _live(self, key: str, ttl_ms: int) -> None:
         self._expiry.pop(key, None)

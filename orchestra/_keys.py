@@ -22,6 +22,10 @@ class QueueKeys:
         self.tag = tag
         self.lanes = tuple(f"{tag}s:{lane}" for lane in range(LANES))
         """Streams, most urgent first: a task that waits or is in flight."""
+        self.fronts = tuple(f"{tag}f:{lane}" for lane in range(LANES))
+        """Streams, one before each lane: a task that was there before and comes back, waiting or in flight."""
+        self.streams = (*self.lanes, *self.fronts)
+        """Number ``n`` is a lane, ``n + 4`` what stands before it."""
         self.delayed = f"{tag}z"
         """Sorted set: member → due time, milliseconds of the Redis clock."""
         self.bodies = f"{tag}zb"
@@ -40,8 +44,6 @@ class QueueKeys:
         """Sorted set: id of a task to be cancelled → milliseconds of the Redis clock; it means entries that are not newer."""
         self.breakers = f"{tag}b"
         """Sorted set: process that tells of its circuit breakers → milliseconds of the Redis clock when it last did."""
-        self.breaker_resets = f"{tag}br"
-        """Hash: breaker that is to be reset → milliseconds of the Redis clock when that was asked for."""
 
     def breakers_of(self, origin: str) -> str:
         """String: what a process tells of its circuit breakers, JSON; expires soon after the process is gone."""
@@ -80,9 +82,22 @@ def limit_names(scope: str = "all") -> str:
     return f"{PREFIX}{{lim.{check_name('limit scope', scope)}}}:names"
 
 
+def limit_refusals(scope: str = "all") -> str:
+    """Hash: name of a rate limit → how many it refused lately, for display; forgotten a minute after the last one."""
+    return f"{PREFIX}{{lim.{check_name('limit scope', scope)}}}:refused"
+
+
 def breaker(name: str) -> str:
-    """Hash: the state of a circuit breaker that processes share, with the permits of its probes."""
-    return f"{PREFIX}{{brk.{name}}}:s"
+    """Hash: the state of a circuit breaker that processes share, with the permits of its probes.
+
+    All of them share a slot, so that one command can look at all.
+    """
+    return f"{PREFIX}{{brk}}:s:{name}"
+
+
+def breaker_resets(queue: str) -> str:
+    """Hash: breaker of this queue's processes that is to be reset → milliseconds of the Redis clock when that was asked."""
+    return f"{PREFIX}{{brk}}:r:{check_name('queue name', queue)}"
 
 
 def lock(name: str) -> tuple[str, str]:
@@ -91,12 +106,56 @@ def lock(name: str) -> tuple[str, str]:
     return f"{tag}l", f"{tag}f"
 
 
-def memory(namespace: str, name: str) -> tuple[str, str]:
-    """Hash with the value that a :class:`~orchestra.memory.MemoryManager` keeps under ``name``, and list of its log."""
-    tag = f"{PREFIX}{{mem:{check_name('namespace', namespace)}:{check_ident('memory key', name)}}}:"
+def memory(namespace: str, name: str, scope: str = "") -> tuple[str, str]:
+    """Hash with the value that a :class:`~orchestra.memory.MemoryManager` keeps under ``name``, and list of its log.
+
+    ``scope`` is made by :func:`memory_scope`. A namespace has no slash, so no scope meets a plain name.
+    """
+    space = check_name("namespace", namespace) + (f"/{scope}/" if scope else ":")
+    tag = f"{PREFIX}{{mem:{space}{check_ident('memory key', name)}}}:"
     return f"{tag}v", f"{tag}l"
 
 
-def workflow(namespace: str, task_id: str) -> str:
-    """Hash: the durable state of one workflow. The colons keep it apart from every queue, limiter and lock."""
-    return f"{PREFIX}{{wf:{check_name('namespace', namespace)}:{check_ident('task id', task_id)}}}:s"
+def memory_scope(outer: str, part: str) -> str:
+    """The scope ``part`` within the scope ``outer``: each part behind its length, so that two never give the same."""
+    return f"{outer}{len(check_ident('memory scope', part))}:{part}"
+
+
+def memory_names(namespace: str, scope: str = "") -> str:
+    """Sorted set: name of a value or log of this scope → microseconds of the Redis clock when it was last written."""
+    return f"{PREFIX}{{mem:{check_name('namespace', namespace)}{f'/{scope}' if scope else ''}}}:names"
+
+
+class WorkflowKeys:
+    """The keys of the workflows of one namespace; all share one slot, so that a script can reach several workflows."""
+
+    def __init__(self, namespace: str) -> None:
+        tag = f"{PREFIX}{{wf:{check_name('namespace', namespace)}}}:"
+        self.tag = tag
+        self.outbox = f"{tag}o"
+        """Sorted set: step that may be sent and was not begun → when the sweep may send it, ms of the Redis clock."""
+        self.ended = f"{tag}x"
+        """Stream: workflows that ended, for those who wait for them; trimmed to about the last 10,000."""
+        self.index = f"{tag}i"
+        """Sorted set: workflow → when it was made, milliseconds of the Redis clock."""
+        self.expiry = f"{tag}t"
+        """Sorted set: workflow that ended → when it is forgotten, milliseconds of the Redis clock."""
+
+    def state(self, task_id: str) -> str:
+        """Hash: the durable state of one workflow."""
+        return f"{self.tag}s:{check_ident('task id', task_id)}"
+
+    def context(self, task_id: str) -> str:
+        """Hash: what the steps of one workflow share (``c:``), and the signals that came for it (``g:``)."""
+        return f"{self.tag}c:{check_ident('task id', task_id)}"
+
+    def events(self, task_id: str) -> str:
+        """Stream: what happened to one workflow, trimmed to about the last 100,000."""
+        return f"{self.tag}e:{check_ident('task id', task_id)}"
+
+    def scripted(self, task_id: str) -> tuple[str, ...]:
+        """The keys of one workflow in the order in which the scripts have them."""
+        check_ident("task id", task_id)
+        tag = self.tag
+        own = (f"{tag}s:{task_id}", f"{tag}c:{task_id}", f"{tag}e:{task_id}")
+        return (*own, self.outbox, self.ended, self.index, self.expiry)

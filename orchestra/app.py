@@ -25,12 +25,16 @@ from orchestra._front.handles import (
     AgentSettings,
     AppLimiter,
     AsyncAgentHandle,
+    Given,
     PlainAgentHandle,
     keyed,
+    priority_of,
+    require_known,
 )
 from orchestra._front.runs import Run, SendOptions, post, send_options
 from orchestra._front.signature import ProcessCall, Signature, make_call
-from orchestra.agents import AgentRegistry, Limiter
+from orchestra._front.workflow_runs import WorkflowDoor, WorkflowRun
+from orchestra.agents import AgentContext, AgentRegistry, Limiter
 from orchestra.connections import Address, ConnectionManager, default_address, parse_address
 from orchestra.dispatcher import Dispatcher
 from orchestra.errors import ConfigurationError, InvalidTaskError
@@ -38,12 +42,12 @@ from orchestra.flow_control import BackpressureConfig, RateLimitConfig
 from orchestra.memory_queue import InMemoryTaskQueue
 from orchestra.serialization import MAX_TASK_BYTES
 from orchestra.task_queue import BaseTaskQueue, RedisStreamTaskQueue
-from orchestra.tasks import BaseTask, Cancellation, Retry, TaskDict, TaskPriority, check_ident, check_name, require_int
+from orchestra.tasks import BaseTask, Cancellation, Retry, TaskDict, check_ident, check_name, require_int
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["AgentHandle", "App", "AsyncAgentHandle", "PlainAgentHandle", "Run", "SendOptions"]
+__all__ = ["AgentHandle", "App", "AsyncAgentHandle", "PlainAgentHandle", "Run", "SendOptions", "WorkflowRun"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,14 +55,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 GROUP = "workers"
 """The consumer group of every queue of an App."""
-_AGENT_OPTIONS = frozenset(
-    (
-        *("timeout", "retry", "executor", "limit", "cost", "limits", "key", "failover", "type_concurrency", "priority"),
-        *("worker_id", "weight", "max_concurrency", "breaker"),
-    )
-)
 
-_PLACING = ("worker_id", "weight", "max_concurrency", "breaker")
+_PLACING = ("worker_id", "weight", "max_concurrency", "breaker", "own_limits")
 
 
 @dataclass(slots=True)
@@ -95,7 +93,7 @@ class _QueueSettings:
         return RedisStreamTaskQueue(name, GROUP, manager=manager, durability=self.durability, **shared)
 
 
-class App:
+class App(WorkflowDoor):
     """Agents under one name, and the queue that their tasks go through.
 
     Args:
@@ -134,6 +132,7 @@ class App:
         max_deliveries: int = 3,
         durability: Durability | str | None = None,
     ) -> None:
+        super().__init__()
         self.name = check_name("App name", name)
         self.queue_name = check_name("queue", name if queue is None else queue)
         self._address = _address(redis)
@@ -234,6 +233,7 @@ class App:
     async def close(self) -> None:
         """Give back what this event loop holds, and the threads and processes of plain functions. Idempotent."""
         used = self._used.pop(asyncio.get_running_loop(), None)
+        self._drivers.pop(asyncio.get_running_loop(), None)
         if used is not None:
             await used.queue.close()
             if used.manager is not None:
@@ -252,7 +252,11 @@ class App:
 
     @overload
     def agent(  # type: ignore[overload-overlap]  # a coroutine function is a plain function of coroutines, too
-        self, function: Callable[Concatenate[BaseTask, P], Coroutine[Any, Any, R]], /
+        self, function: Callable[Concatenate[BaseTask, AgentContext, P], Coroutine[Any, Any, R]], /
+    ) -> AgentHandle[P, R]: ...
+    @overload
+    def agent(  # type: ignore[overload-overlap]
+        self, function: Callable[Concatenate[Given, P], Coroutine[Any, Any, R]], /
     ) -> AgentHandle[P, R]: ...
     @overload
     def agent(  # type: ignore[overload-overlap]
@@ -267,7 +271,9 @@ class App:
         """Make the decorated function an agent: ``@app.agent``, ``@app.agent("name", timeout=30)``.
 
         It takes the keyword arguments of its tasks; a parameter annotated :class:`~orchestra.tasks.BaseTask` is given
-        the task itself. Decorating another function for the same ``name`` with another ``worker_id`` adds a replica.
+        the task itself, one annotated :class:`~orchestra.agents.AgentContext` the context of the attempt; type checkers
+        know that of the first parameters. Decorating another function for the same ``name`` with another ``worker_id``
+        adds a replica.
 
         Options: ``name``, the task type (by default the function's name). ``timeout``: seconds an attempt may take.
         ``retry``: when failed attempts are repeated (by default the App's). ``executor``: where a plain function runs,
@@ -296,9 +302,9 @@ class App:
         function = getattr(function, "function", function) if isinstance(function, AgentHandle) else function
         name = check_ident("agent name", name or getattr(function, "__name__", None))
         signature = Signature(function, name)
-        _require_known(name, options)
+        require_known(name, options)
         options = dict(options)
-        send = SendOptions(priority=_priority(options.pop("priority", None), self.handles.get(name)))
+        send = SendOptions(priority=priority_of(options.pop("priority", None), self.handles.get(name)))
         placing = {key: options.pop(key) for key in _PLACING if key in options}
         self._refuse_twin(name, placing.get("worker_id") or name, function)
         if "limit" in options:
@@ -307,7 +313,7 @@ class App:
         call = make_call(function, signature)
         if merged.get("executor") == "process" and not inspect.iscoroutinefunction(function):
             call = ProcessCall(function, name)
-        self.agents.register(name, call, **placing, **keyed(merged))
+        self.agents.register(name, call, check=signature.check_input, **placing, **keyed(merged))
         self._options[name] = merged
         kind = AsyncAgentHandle if inspect.iscoroutinefunction(function) else PlainAgentHandle
         handle: AgentHandle[..., Any] = kind(self, name, function, signature, send)
@@ -402,6 +408,7 @@ class App:
             "max_concurrent_dispatch": self.concurrency if concurrency is None else concurrency,
             "default_max_retries": self.retry.max_retries,
             "retry": self.retry,
+            "workflows": self._step_runner(),
         }
         return Dispatcher(self.queue, **{**settings, **options})
 
@@ -469,25 +476,3 @@ def _require_durable(name: str, durability: str, manager: ConnectionManager | No
 
 def _address(redis: str | Address | None) -> Address | None:
     return parse_address(redis) if isinstance(redis, str) else redis
-
-
-def _priority(given: Any, first: AgentHandle[..., Any] | None) -> int:
-    if given is None:
-        return first.options.priority if first is not None else TaskPriority.NORMAL
-    try:
-        return TaskPriority(given)
-    except ValueError:
-        raise ConfigurationError(
-            f"agent priority must be a TaskPriority, 0 (critical) to 3 (low), got {given!r}",
-            field="priority",
-            value=given,
-        ) from None
-
-
-def _require_known(name: str, options: Mapping[str, Any]) -> None:
-    if unknown := sorted(set(options) - _AGENT_OPTIONS):
-        raise ConfigurationError(
-            f"agent {name!r} has no option {unknown[0]!r}; options are name, {', '.join(sorted(_AGENT_OPTIONS))}",
-            field=unknown[0],
-            value=options[unknown[0]],
-        )

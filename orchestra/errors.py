@@ -34,7 +34,10 @@
     Control flow, raised by an agent to say how its delivery ends:
     ├── RetryLater(after)               try again after so many seconds; counts as an attempt
     ├── Throttled(retry_after, key)     a provider said "too fast"; not a failure, not an attempt
-    └── Reject(reason)                  do not try again: dead-letter it now
+    ├── Reject(reason)                  do not try again: dead-letter it now
+    │   ├── BudgetExceededError         … because the next model call would exceed a budget; ``used`` ``limit``
+    │   └── ToolRepeatError             … because a tool that may run once may have run already; ``tool``
+    └── WaitForSignal(name)             a step of a workflow: go on when this signal has come
 
 ``code`` is stable across releases and safe to match on; messages are for people.
 Facts (``retry_after``, ``field``, …) are attributes, so that no caller parses a message.
@@ -330,3 +333,51 @@ class Reject(OrchestraError):  # noqa: N818 - control flow, not a failure
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class BudgetExceededError(Reject):
+    """A model call was not made, because a budget is used up; the task is dead-lettered, its journal is kept.
+
+    ``scope`` is ``"task"`` or ``"workflow"``, ``limit`` names the limit that was reached (``"requests"``,
+    ``"input_tokens"``, ``"output_tokens"``, ``"total_tokens"``), ``allowed`` is its value and ``used`` all that was used.
+    """
+
+    code = "budget_exceeded"
+
+    def __init__(
+        self, reason: str, *, scope: str = "task", limit: str = "", allowed: int = 0, used: dict[str, int] | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.scope = scope
+        self.limit = limit
+        self.allowed = allowed
+        self.used = dict(used or {})
+
+
+class ToolRepeatError(Reject):
+    """A tool that may run at most once was begun by an earlier attempt, whose end is not recorded: it is not run again.
+
+    ``tool`` is its name. Find out what became of the call before the task is replayed.
+    """
+
+    code = "tool_repeat"
+
+    def __init__(self, reason: str, *, tool: str = "") -> None:
+        super().__init__(reason)
+        self.tool = tool
+
+
+class WaitForSignal(OrchestraError):  # noqa: N818 - control flow, not a failure
+    """Raised by an agent that runs a step of a workflow: park the step, holding no worker, until signal ``name`` comes.
+
+    The agent is then called again, and its context has the value. ``prompt`` is for who is to send the signal.
+    ``timeout``: seconds from now after which the step fails, None for never. Outside of workflows it is a failure.
+    """
+
+    code = "wait_for_signal"
+
+    def __init__(self, name: str, *, prompt: str | None = None, timeout: float | None = None) -> None:
+        super().__init__(f"waiting for signal {name!r}")
+        self.name = name
+        self.prompt = prompt
+        self.timeout = timeout

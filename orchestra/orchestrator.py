@@ -1,76 +1,85 @@
-"""Carries a task from plan to final output: plans it, runs its steps through a worker pool, records every result.
+"""Carries a task from plan to final output: plans it, has its steps run, and waits for the end.
 
-Owns the order of things: ask the planner, fall back when it cannot answer, initialise the workflow, run one step after
-the other, complete or fail. Refuses to own state (the workflow engine's), concurrency (the pool's) and agents (the
-registry's). Steps run in this process, through the pool that was given.
+Owns the order of things: ask the planners, fall back when none can answer, record the workflow, send what is ready,
+wait. Steps travel through the queue, so any worker may run them; while it waits, an orchestrator is such a worker
+itself. Without a queue they run here, through the pool. Refuses to own state (the workflow engine's), concurrency (the
+pool's) and agents (the registry's).
 
-Crash-only: there is no separate recovery. Every call looks at the record and goes on from there, so what a crash can
-repeat is planning or the step in flight, never a step whose result is recorded. One event loop; calls for one task in
-this process take turns, and of several processes the one that started a step last may record its result.
+Crash-only: there is no separate recovery, and no coordinator that could be lost. Whoever ends a step sends what it made
+ready; what a crash can repeat is planning or the steps in flight, never a step whose result is recorded. One event
+loop; calls for one task in this process take turns.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import weakref
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
 
+from orchestra._agents.services import Services
 from orchestra._shared import Connectable, shared
-from orchestra.agents import AgentOptions, AgentRegistry, get_agent_registry, unknown_agent
-from orchestra.circuit_breaker import CircuitBreaker, CircuitBreakerConfig
+from orchestra._workflow.driver import Driver
+from orchestra._workflow.inline import Inline, refuse_built_in
+from orchestra._workflow.local import NOT_NOW, LocalAgents, describe
+from orchestra._workflow.plan import compile_plan, validate_plan
+from orchestra._workflow.planning import Plan, Planned, Planning, Template, Templates
+from orchestra._workflow.runner import StepRunner
+from orchestra._workflow.upkeep import sweep
+from orchestra.agents import AgentRegistry, get_agent_registry
+from orchestra.dispatcher import Dispatcher
 from orchestra.errors import (
-    CircuitOpenError,
     ConfigurationError,
     InvalidTaskError,
     InvalidTaskTypeError,
-    OrchestraError,
-    RetryLater,
-    Throttled,
     WorkerPoolError,
     WorkflowError,
 )
 from orchestra.memory import MemoryManager, get_memory_manager
 from orchestra.orchestration_worker_pool import QueueWorkerPool
-from orchestra.serialization import dumps, loads
+from orchestra.serialization import dumps, loads, new_task_id
 from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import BaseTask, TaskPriority, check_ident
-from orchestra.workflow import StepState, WorkflowEngine, WorkflowState, WorkflowStep, validate_plan
+from orchestra.workflow import StepState, WorkflowEngine, WorkflowState, WorkflowStep
 
 if TYPE_CHECKING:
+    from orchestra.circuit_breaker import CircuitBreakerConfig
     from orchestra.task_queue import BaseTaskQueue
 
-Plan: TypeAlias = list[dict[str, Any]]
-Template: TypeAlias = Plan | Callable[[BaseTask], Plan]
+__all__ = ["NOT_NOW", "Orchestrator", "Plan", "Template", "describe", "get_orchestrator"]
 
-logger = logging.getLogger("orchestra.orchestrator")
-
-NOT_NOW: Final = (Throttled, RetryLater, CircuitOpenError, WorkerPoolError)
-"""What says that a step cannot run at present: it is given back as PENDING and the caller is told."""
+LOOK: Final = 1.0
+"""Seconds between two looks whether the pool, on which a wait relies, has been shut down."""
+_ENDED: Final = frozenset({StepState.COMPLETED, StepState.FAILED, StepState.SKIPPED})
 
 
 class Orchestrator(Connectable):
     """Plans and executes multi-step tasks.
 
     Args:
-        task_queue: the queue that this orchestrator's tasks come from; kept for its user.
+        task_queue: what steps travel through; None: they run in this process, one workflow's steps in the caller's own
+            order, and what needs somebody to come back later (signals, sleeps, maps, children, compensation) is refused.
         memory_manager: where workflows are recorded.
         worker_pool: runs the steps; at most its concurrency at once, over all workflows. A job of the same pool must not
             call the orchestrator: it would hold the slot that its own steps wait for.
         agents: who plans and executes; by default the process-wide registry. A step runs the agent that is registered
             under its ``action``.
-        planner: the type under which the planning agent is registered, if there is one.
-        breaker: when the breakers of planner and agents open; there is one for each type.
+        planner: the type under which the planning agent is registered, if there is one; or several, asked in order.
+        breaker: when the breakers of the planners open, and without a queue those of all agents; one for each type.
+        actions: what planners may use; by default what is registered in ``agents``, and anything with ``serve=False``.
+        serve: whether it runs steps itself while it waits. It then is a worker of the queue, which gives back tasks
+            that it has no agent for. False: other workers do.
+        sweep: seconds between two looks for steps that were not sent, 0.05 to 3600.
 
     Raises:
         TypeError: If memory_manager is not an instance of MemoryManager
 
-    The planner gets a task with ``input`` ``{"task": {"id", "type", "input"}, "agents": [registered types]}`` and
+    A planner gets a task with ``input`` ``{"task": {"id", "type", "input"}, "agents": [registered types]}`` and
     returns a list of steps (see :func:`~orchestra.workflow.validate_plan`), or a dict with that list as ``"plan"``. If
-    there is none, or it fails or returns what is no plan, the template of the task's type is used, else one step that
-    hands the task's input to the agent of its own type. ``workflow_context["plan_source"]`` says which it was,
-    ``["planner_error"]`` why the planner's was not used.
+    there is none, or it fails, or returns what is no plan or names unknown actions, the next one is asked, then the
+    template of the task's type, else one step that hands the task's input to the agent of its own type.
+    ``workflow_context["plan_source"]`` says which it was, ``["planner_error"]`` why the first planner's was not used.
     """
 
     def __init__(
@@ -80,60 +89,162 @@ class Orchestrator(Connectable):
         worker_pool: QueueWorkerPool,
         *,
         agents: AgentRegistry | None = None,
-        planner: str = "planner",
+        planner: str | Sequence[str] = "planner",
         breaker: CircuitBreakerConfig | None = None,
+        actions: Collection[str] | None = None,
+        serve: bool = True,
+        sweep: float = 5.0,
     ) -> None:
         self.task_queue = task_queue
         self.memory_manager = memory_manager
         self.worker_pool = worker_pool
         self.workflow_engine = WorkflowEngine(memory_manager)
         self.agents = get_agent_registry() if agents is None else agents
-        self.planner = check_ident("planner", planner)
-        self._breaker_config = breaker
-        self._breakers: dict[str, CircuitBreaker] = {}  # only of registered types, so bounded by the registry
-        self._templates: dict[str, Template] = {}
+        self.planner = planner
+        self._actions = actions
+        self._serve = serve
+        self._templates = Templates()
+        services = Services(task_queue, memory_manager, self.workflow_engine)
+        self._local = LocalAgents(self.agents, breaker, worker_pool, services)
+        self._planning = Planning(self._local, self._templates, planner, self._known_actions)
+        self._inline = Inline(self.workflow_engine, self._local)
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._driver: Driver | None = None
+        if task_queue is not None:
+            self._driver = Driver(self.workflow_engine, task_queue, templates=self._templates, planning=self._planning)
+            self._runner = StepRunner(
+                self.workflow_engine,
+                task_queue,
+                agents=self.agents,
+                templates=self._templates,
+                planner=planner,
+                breaker=breaker,
+                sweep=sweep,
+                guest=True,
+            )
+        self._serving = asyncio.Lock()
+        self._waiting = 0
+        self._dispatcher: Dispatcher | None = None
 
     async def _connect(self) -> None:
         await self.workflow_engine
+
+    def _known_actions(self) -> Collection[str] | None:
+        if self._actions is not None:
+            return self._actions
+        return set(self.agents) if self._serve or self.task_queue is None else None
 
     def register_template(self, task_type: str, template: Template) -> None:
         """Use ``template``, a plan or a function from a task to one, for tasks of ``task_type`` without a planner's.
 
         Raises:
-            WorkflowError: the plan has faults; ``.faults`` lists them. A function's are found when it is used.
+            WorkflowError: the plan has faults; ``.faults`` lists them. A function's are found when it is used, and then
+                the single step is used instead.
         """
-        check_ident("task_type", task_type)
-        self._templates[task_type] = template if callable(template) else validate_plan(template)
+        self._templates.add(task_type, template)
+
+    # -- the whole way
 
     async def process_incoming_task(self, task_id: str, task_data: dict[str, Any]) -> None:
-        """Carry a task to its end: its workflow is COMPLETED or FAILED in the record when this returns.
+        """Carry a task to its end: its workflow has ended in the record when this returns.
 
-        Called again it goes on where the record says, repeating at most the step in flight, and does nothing for a
-        workflow that has ended. ``workflow_context["final_output"]`` is the result of the last step. An agent's
-        failure is recorded, not raised. A step costs four round trips, a workflow five more.
+        Called again it goes on where the record says, repeating at most the steps in flight, and does nothing for a
+        workflow that has ended. ``workflow_context["final_output"]`` is the result of the last step, or of all steps
+        that nothing follows, by id. An agent's failure is recorded, not raised. A step costs four round trips, shared
+        with those of other workflows; a workflow five more.
+
+        Cancelled, it stops waiting, and what it runs is interrupted and given back; the workflow goes on elsewhere, or
+        with the next call.
 
         Raises:
             InvalidTaskError: ``task_data`` is no task, or its id is another one. Nothing was recorded.
             WorkflowError: the workflow is recorded with another type or input, or another process has taken it over.
-            Throttled, RetryLater, CircuitOpenError, WorkerPoolError: a step cannot run now; the workflow waits for
-                the next call. Nothing failed.
+            Throttled, RetryLater, WorkerPoolError: the planner, or without a queue a step, cannot run now (a step also
+                with CircuitOpenError); the workflow waits for the next call. Nothing failed.
             StoreError: Redis failed; call again.
         """
         task = _task(task_id, task_data)
         async with self._turn(task_id):
-            state = await self._begin(task)
-            if not state.is_finished():
-                await self._carry_on(state)
+            state = await self._begin(task, None)
+            if state.is_finished():
+                return
+            if self._driver is None or not state.driven:
+                await self._inline.carry_on(state)
+                return
+            await self.wait(task_id)
+
+    async def start(self, task: BaseTask | dict[str, Any], plan: Plan | None = None) -> str:
+        """Plan a task, unless ``plan`` is given, record its workflow and send what is ready; returns its id.
+
+        Raises: as :meth:`process_incoming_task`; WorkflowError with ``.faults`` for a plan that has some.
+        """
+        if isinstance(task, dict):
+            task = _task(task.get("id") or new_task_id(), task)
+        if plan is not None:
+            plan = validate_plan(plan, actions=self._known_actions())
+        async with self._turn(task.id):
+            await self._begin(task, plan)
+        return task.id
+
+    async def wait(self, workflow_id: str, timeout: float | None = None) -> WorkflowState:
+        """The workflow when it has ended, running steps meanwhile if this orchestrator serves.
+
+        Of an id that nobody has started yet, it waits for that too.
+
+        Raises:
+            TimeoutError: it has not after ``timeout`` seconds.
+            WorkerPoolError: the pool was shut down; the workflow stays as it is.
+        """
+        if self._driver is None:
+            async with self._turn(workflow_id):
+                state = await self._loaded(workflow_id)
+                if not state.is_finished():
+                    await self._inline.carry_on(state)
+                return await self._loaded(workflow_id)
+        async with asyncio.timeout(timeout), self._served():
+            while True:
+                try:
+                    return await self.workflow_engine.wait_end(workflow_id, LOOK)
+                except TimeoutError:
+                    if self._serve:
+                        require_open(self.worker_pool)
+
+    async def signal(self, workflow_id: str, name: str, value: Any = None, *, by: str | None = None) -> bool:
+        """Give signal ``name`` its value; whether this call did: the first one wins."""
+        return await self._steered().signal(workflow_id, name, value, by=by)
+
+    async def cancel(self, workflow_id: str, reason: str | None = None) -> bool:
+        """Cancel a workflow and its children: what runs is interrupted, what is done is compensated."""
+        return await self._steered().cancel(workflow_id, reason)
+
+    async def pause(self, workflow_id: str) -> bool:
+        """Let running steps end, and hold those that are ready."""
+        return await self._steered().pause(workflow_id)
+
+    async def resume(self, workflow_id: str) -> bool:
+        """Go on after a pause, or after a failure: failed steps are sent again."""
+        return await self._steered().resume(workflow_id)
+
+    def _steered(self) -> Driver:
+        if self._driver is None:
+            raise ConfigurationError(
+                "an Orchestrator without a task_queue runs workflows only while it is called: there is nothing to steer",
+                field="task_queue",
+            )
+        return self._driver
+
+    # -- one step
 
     async def route_and_execute_step(self, task_id: str, step_index: int) -> WorkflowStep:
-        """Run one step, which must be the current one, and record what became of it; returns it as recorded.
+        """Run one step, which must be the current one, and return it as recorded.
 
         The agent is the one registered under the step's ``action``. Its task has ``id`` ``<task_id>:<step_index>``, the
         step's ``args`` as ``input`` (the input of the workflow's task when the step has none), and in ``metadata``, with
         the task's own: ``workflow`` (``task_id``, ``step_index``, ``total``, ``reasoning``) and ``context`` (``task``,
         ``results`` of the steps before it by index, ``shared``: the ``workflow_context``). ``attempt`` and ``fence``
-        count how often the step was started. When the agent fails, step and workflow are FAILED.
+        count how often the step was started. When the agent fails for good, step and workflow are FAILED.
+
+        A workflow whose steps travel through the queue goes on by itself: of such a one, this waits for the step.
 
         Raises:
             WorkflowError: the workflow is unknown or has ended, the step is not the current one or has ended, or
@@ -141,28 +252,56 @@ class Orchestrator(Connectable):
             Throttled, RetryLater, CircuitOpenError, WorkerPoolError, StoreError: as :meth:`process_incoming_task`.
         """
         async with self._turn(task_id):
-            state = await self.workflow_engine.load_workflow_state(task_id)
-            if state is None:
-                raise WorkflowError(
-                    f"there is no workflow for task {task_id}: it was never initialised, or has expired"
-                )
+            state = await self._loaded(task_id)
             if type(step_index) is not int or not 0 <= step_index < len(state.steps):
                 raise WorkflowError(f"workflow {task_id} has steps 0 to {len(state.steps) - 1}, not {step_index!r}")
-            return await self._execute(state, state.steps[step_index])
+            if self._driver is not None and state.driven:
+                return await self._awaited(state, step_index)
+            planned = compile_plan(state.plan)
+            refuse_built_in(task_id, (planned[step_index],))
+            return await self._inline.execute(state, planned[step_index])
+
+    async def _awaited(self, state: WorkflowState, index: int) -> WorkflowStep:
+        step, pause = state.steps[index], 0.01
+        if state.is_finished() or step.state in _ENDED:
+            what = f"step {index} ({step.action}) is {step.state.value}"
+            raise WorkflowError(f"workflow {state.task_id} is {state.status.value} and {what}: it cannot run again")
+        await self._send_left()
+        async with self._served():
+            while step.state not in _ENDED and not state.is_finished():
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 0.5)
+                state = await self._loaded(state.task_id)
+                step = state.steps[index]
+        return step
+
+    async def _loaded(self, task_id: str) -> WorkflowState:
+        state = await self.workflow_engine.load_workflow_state(task_id)
+        if state is None:
+            raise WorkflowError(f"there is no workflow for task {task_id}: it was never initialised, or has expired")
+        return state
 
     def _turn(self, task_id: str) -> asyncio.Lock:
         return self._turns.setdefault(task_id, asyncio.Lock())
 
-    # -- planning
+    # -- beginning
 
-    async def _begin(self, task: BaseTask) -> WorkflowState:
-        """The recorded workflow of ``task``, planned and recorded now if there is none."""
-        state = await self.workflow_engine.load_workflow_state(task.id)
+    async def _begin(self, task: BaseTask, plan: Plan | None) -> WorkflowState:
+        """The recorded workflow of ``task``, planned and recorded now if there is none; what is ready was sent."""
+        engine = self.workflow_engine
+        state = await engine.load_workflow_state(task.id)
         if state is None:
-            plan, context = await self._plan(task)
-            state = await self.workflow_engine.initialize_workflow(task, plan, context=context)
+            planned = Planned(plan, {"plan_source": "given"}) if plan is not None else await self._planning.plan(task)
+            driven = self._driver is not None
+            if not driven:
+                refuse_built_in(task.id, compile_plan(planned.plan))
+            state = await engine.initialize_workflow(task, planned.plan, context=planned.context, driven=driven)
+            if state is not None and self._driver is not None:
+                await self._driver.send_ready(task.id, state.ready, state.task)
+        elif state.driven and not state.is_finished():
+            await self._send_left()
         if state is None:  # another process has planned it meanwhile; what was recorded first counts
-            state = await self.workflow_engine.load_workflow_state(task.id)
+            state = await engine.load_workflow_state(task.id)
         if state is None:
             raise WorkflowError(f"the workflow of task {task.id} was deleted while it was initialised; call again")
         if state.task.get("type") != task.type or not _same(state.task.get("input"), task.input):
@@ -171,124 +310,58 @@ class Orchestrator(Connectable):
             )
         return state
 
-    async def _plan(self, task: BaseTask) -> tuple[Plan, dict[str, Any]]:
-        """A valid plan, and what ``workflow_context`` says about where it came from."""
-        context: dict[str, Any] = {}
-        if self.planner in self.agents and task.type != self.planner:
-            try:
-                return validate_plan(await self._ask_planner(task)), {"plan_source": "planner"}
-            except CircuitOpenError as error:
-                context["planner_error"] = describe(error)
-            except NOT_NOW:
-                raise  # a little later there will be a real plan
-            except Exception as error:  # noqa: BLE001 - whatever else a planner raises, the fallback answers
-                context["planner_error"] = describe(error)
-                logger.warning("planning of task %s fell back: %s", task.id, error)
-        template = self._templates.get(task.type)
-        if template is not None:
-            plan = validate_plan(template(task)) if callable(template) else template
-            return plan, context | {"plan_source": "template"}
-        return validate_plan([{"action": task.type}]), context | {"plan_source": "single_step"}
+    async def _send_left(self) -> None:
+        """Send what a process that died had not sent, as far as it is overdue."""
+        if self._driver is not None:
+            await sweep(self._driver)
 
-    async def _ask_planner(self, task: BaseTask) -> Any:
-        told = {"task": {"id": task.id, "type": task.type, "input": task.input}, "agents": sorted(self.agents)}
-        question = BaseTask(f"{task.id}:plan", self.planner, told, task.priority, metadata=dict(task.metadata))
-        answer = await self._through_pool(question)
-        return answer.get("plan") if isinstance(answer, Mapping) else answer
+    # -- being a worker
 
-    # -- executing
-
-    async def _carry_on(self, state: WorkflowState) -> None:
-        """Run what is left of a workflow; ``state`` follows the record, so that no step has to read it again."""
-        while state.current_step_index < len(state.steps):
-            step = state.steps[state.current_step_index]
-            if step.state is StepState.FAILED:  # recorded, but not what it means for the workflow
-                await self.workflow_engine.handle_step_failure(state.task_id, step.step_index, step.error or "failed")
-                return
-            step = await self._execute(state, step)
-            if step.state is StepState.FAILED:
-                return
-            state.steps[step.step_index] = step
-            state.current_step_index += 1
-        results = [step.result for step in state.steps if step.state is StepState.COMPLETED]
-        await self.workflow_engine.complete_workflow(state.task_id, results[-1] if results else None)
-
-    async def _execute(self, state: WorkflowState, step: WorkflowStep) -> WorkflowStep:
-        """Start ``step``, run its agent, record its result or its and the workflow's failure."""
-        engine, task_id, index = self.workflow_engine, state.task_id, step.step_index
-        step = await engine.update_step_state(task_id, index, StepState.RUNNING, attempt=step.attempt)
+    @asynccontextmanager
+    async def _served(self) -> AsyncIterator[None]:
+        """Run steps meanwhile, together with all other calls that wait."""
+        if not self._serve or self.task_queue is None:
+            yield
+            return
+        require_open(self.worker_pool)
+        self._waiting += 1
+        hurry = True
         try:
-            result = await self._through_pool(_step_task(state, step))
-        except NOT_NOW:
-            await engine.update_step_state(task_id, index, StepState.PENDING, attempt=step.attempt)
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever an agent raises is the step's failure
-            return await self._failed(task_id, step, error)
-        try:
-            return await engine.update_step_state(task_id, index, StepState.COMPLETED, result, attempt=step.attempt)
-        except InvalidTaskError as error:  # what the agent returned cannot be recorded
-            return await self._failed(task_id, step, error)
+            async with self._serving:
+                if self._dispatcher is None:
+                    self._dispatcher = await self._worker(self.task_queue).start()
+            yield
+            hurry = False
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                await self._rest(hurry=hurry)
 
-    async def _failed(self, task_id: str, step: WorkflowStep, error: Exception) -> WorkflowStep:
-        logger.warning("step %d (%s) of task %s failed: %r", step.step_index, step.action, task_id, error)
-        told = describe(error)
-        state = await self.workflow_engine.handle_step_failure(task_id, step.step_index, told, attempt=step.attempt)
-        return state.steps[step.step_index]
-
-    async def _through_pool(self, task: BaseTask) -> Any:
-        """What the agent of ``task.type`` returns. Raises what it raises; UnknownAgentError when there is none."""
-        entry = self.agents.get(task.type)
-        if entry is None:
-            raise unknown_agent(task.type, self.agents)
-        breaker = self._breakers.get(task.type)
-        if breaker is None:
-            breaker = self._breakers[task.type] = CircuitBreaker(f"agent:{task.type}"[:128], self._breaker_config)
-        future = await self.worker_pool.submit(
-            breaker.call, self._call_agent, task, entry.options, priority=task.priority
+    def _worker(self, queue: BaseTaskQueue) -> Dispatcher:
+        return Dispatcher(
+            queue,
+            worker_pool=self.worker_pool,
+            max_concurrent_dispatch=self.worker_pool.concurrency,
+            default_max_retries=0,
+            agents=self.agents,
+            workflows=self._runner,
         )
-        try:
-            return await future
-        except asyncio.CancelledError:
-            caller = asyncio.current_task()
-            if caller is None or caller.cancelling():
-                raise
-            raise WorkerPoolError(
-                f"the worker pool dropped {task.type!r} for task {task.id}: was it shut down?"
-            ) from None
 
-    async def _call_agent(self, task: BaseTask, options: AgentOptions) -> Any:
-        """Within the limits of the type: its permits and its timeout."""
-        if options.limiter is not None:
-            # a limiter's larger number is more urgent, a task's smaller one
-            admission = await options.limiter.try_acquire(priority=3 - task.priority, cost=options.cost)
-            if not admission.allowed:
-                raise Throttled(admission.retry_after, key=task.type)
-        try:
-            async with asyncio.timeout(options.timeout) as limit:
-                return await self.agents.call(task)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise TimeoutError(f"agent {task.type!r} took longer than its timeout of {options.timeout:g} s") from None
+    async def _rest(self, *, hurry: bool) -> None:
+        """Nobody waits any more. ``hurry``: what runs is given back at once instead of let finish."""
+        async with self._serving:
+            if self._waiting or self._dispatcher is None:
+                return
+            dispatcher, self._dispatcher = self._dispatcher, None
+            if hurry:
+                dispatcher._drain_timeout = 0.0
+            await dispatcher.stop()
 
 
-def _step_task(state: WorkflowState, step: WorkflowStep) -> BaseTask:
-    told, index = state.task, step.step_index
-    where = {"task_id": state.task_id, "step_index": index, "total": len(state.steps), "reasoning": step.reasoning}
-    context = {
-        "task": {"id": state.task_id, "type": told.get("type"), "input": told.get("input")},
-        "results": [earlier.result for earlier in state.steps[:index]],
-        "shared": dict(state.workflow_context),
-    }
-    return BaseTask(
-        id=f"{state.task_id}:{index}",
-        type=step.action,
-        input=told.get("input") if step.args is None else step.args,
-        priority=told.get("priority", TaskPriority.NORMAL),
-        attempt=step.attempt,
-        metadata={**told.get("metadata", {}), "workflow": where, "context": context},
-        fence=step.attempt,
-    )
+def require_open(pool: QueueWorkerPool) -> None:
+    """Raise WorkerPoolError when ``pool`` was shut down: nothing that waits for it would ever end."""
+    if pool.closed:
+        raise WorkerPoolError(f"worker pool {pool.name!r} is shut down; make a new one")
 
 
 def _task(task_id: str, task_data: Any) -> BaseTask:
@@ -321,13 +394,6 @@ def _same(recorded: Any, given: Any) -> bool:
         return bool(recorded == loads(wire))
     except ValueError:  # arrays have no single truth; equal ones have equal bytes
         return False
-
-
-def describe(error: BaseException) -> dict[str, Any]:
-    """What is recorded of an exception: ``type``, ``message`` (2,000 characters at most) and, of ours, ``code``."""
-    text = str(error).encode("utf-8", "replace").decode()[:2000] or type(error).__name__
-    told = {"type": type(error).__name__, "message": text}
-    return told | {"code": error.code} if isinstance(error, OrchestraError) else told
 
 
 def get_orchestrator(

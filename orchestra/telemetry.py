@@ -111,6 +111,7 @@ EVENTS: dict[str, Event] = {
     "dispatcher.stopped": Event(
         "a dispatcher has drained", ("completed", "released", "duration_s"), ("queue", "consumer")
     ),
+    "workflow.swept": Event("what workflows were ready for and nobody had sent was sent", ("count",), ("namespace",)),
     "dispatcher.exhausted": Event(
         "so many agents ignore their cancellation that fewer can run: restart the process",
         ("stuck", "capacity"),

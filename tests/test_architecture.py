@@ -18,18 +18,21 @@ PACKAGE = ROOT / "orchestra"
 # An import points to an earlier row; modules of one row do not import each other. Rows that begin with the same
 # number are one layer of ARCHITECTURE.md, in the order in which its modules build on each other.
 LAYERS = (
-    ("0", "_version _ext.heap _ext.gcra _ext.wrr _ext.codec"),
+    ("0", "_version _ext.heap _ext.gcra _ext.wrr _ext.codec _ext.step"),
     ("1 words", "errors _clock"),
-    ("1 words", "tasks"),
+    ("1 words", "tasks _workflow.refs"),
+    ("1 words", "_workflow.conditions"),
+    ("1 words", "_workflow.rules"),
+    ("1 words", "_workflow.plan"),
     ("1 words", "_durability"),
     (
         "2 instruments",
         (
             "telemetry _shared _limiting.rules _identity _pool.executors _pool.metrics _pool.scaling "
-            "_scheduling _inheritance _pool.jobs _limiting.twin"
+            "_scheduling _inheritance _pool.jobs _pool.slots _limiting.twin"
         ),
     ),
-    ("2 instruments", "_backoff"),
+    ("2 instruments", "_backoff _agents.services"),
     ("2 instruments", "_lifecycle"),
     (
         "3 the edge to Redis",
@@ -39,19 +42,24 @@ LAYERS = (
     ("3 the edge to Redis", "_redis.address"),
     ("3 the edge to Redis", "connections"),
     ("4 what travels", "serialization _redis.link _documents"),
-    ("4 what travels", "_delivery _redis.durable_send"),
+    ("4 what travels", "_delivery _redis.durable_send _workflow.states _workflow.tail"),
+    ("4 what travels", "_workflow.record"),
+    ("4 what travels", "_workflow.pipeline"),
+    ("4 what travels", "_workflow.answers _workflow.saving _workflow.twin_moves _workflow.redis_store"),
+    ("4 what travels", "_workflow.twin_ops"),
+    ("4 what travels", "_workflow.twin"),
     (
         "5 parts of components",
         "_queue.cancellation _queue.base _queue.produce _queue.read _queue.settle _queue.dead_letters _queue.replies",
     ),
     ("5 parts of components", "_queue.stall _queue.ghosts _queue.group _queue.reaper"),
     ("5 parts of components", "_limiting.store"),
-    ("5 parts of components", "_limiting.line _limiting.line_teller"),
+    ("5 parts of components", "_limiting.line _limiting.line_teller _limiting.refusals"),
     ("5 parts of components", "_limiting.request _limiting.settings"),
     ("5 parts of components", "_limiting.joint _limiting.permit_leases"),
     (
         "5 parts of components",
-        "_queue.leases _queue.locks _queue.settler _queue.census _queue.upkeep _queue.twin_store _workflow_state",
+        "_queue.leases _queue.locks _queue.settler _queue.census _queue.upkeep _queue.twin_store",
     ),
     ("5 parts of components", "_queue.intake _queue.twin_waits _queue.twin_records _breakers.rules"),
     (
@@ -61,10 +69,17 @@ LAYERS = (
             "circuit_breaker memory"
         ),
     ),
-    ("5 components", "_limiting.use"),
+    ("5 components", "_limiting.use _agents.children _workflow.store"),
+    ("5 components", "_workflow.driving"),
+    ("5 components", "_workflow.looking"),
+    ("5 components", "_agents.context"),
+    ("5 components", "_agents.registry"),
+    ("5 components", "_agents.planner _agents.executor"),
+    ("5 components", "_agents.factory"),
     ("5 components", "agents"),
-    ("6 composition", "_dispatch.parking _dispatch.turnstile"),
+    ("6 composition", "_dispatch.parking _dispatch.turnstile _dispatch.isolation"),
     ("6 composition", "_dispatch.admission"),
+    ("6 composition", "_dispatch.replicas"),
     (
         "6 composition",
         (
@@ -72,18 +87,23 @@ LAYERS = (
             "_dispatch.retry_gate _dispatch.stuck workflow worker_manager"
         ),
     ),
-    ("6 composition", "_dispatch.settlements _breakers.exchange"),
-    ("6 composition", "_dispatch.ends"),
-    ("7 engines", "dispatcher orchestrator"),
+    ("6 composition", "_dispatch.settlements _breakers.exchange _workflow.local"),
+    ("6 composition", "_dispatch.ends _dispatch.running _workflow.planning"),
+    ("6 composition", "_workflow.driver _workflow.inline"),
+    ("6 composition", "_workflow.upkeep"),
+    ("6 composition", "_workflow.runner"),
+    ("7 engines", "dispatcher"),
+    ("7 engines", "orchestrator"),
     ("8 front door", "_front.signature _front.runs _jobs.file _jobs.input _jobs.records _jobs.tally"),
     ("8 front door", "_front.handles"),
+    ("8 front door", "_front.workflow_runs"),
     ("8 front door", "app"),
     ("8 front door", "_front.loading"),
     ("8 front door", "_jobs.workers"),
     ("8 front door", "_jobs.job"),
     ("8 face", "__init__"),
 )
-FREE = ("cli", "testing", "lua")
+FREE = ("ai", "cli", "testing", "lua")
 """Packages above everything: checked as one row each, behind the last."""
 
 EXCEPTIONS = {
@@ -92,7 +112,13 @@ EXCEPTIONS = {
 }
 """Upward imports under TYPE_CHECKING, which disappear at run time."""
 
-OWNERS = {"heap": "scheduler", "gcra": "flow_control", "wrr": "load_balancer", "codec": "serialization"}
+OWNERS = {
+    "heap": "scheduler",
+    "gcra": "flow_control",
+    "wrr": "load_balancer",
+    "codec": "serialization",
+    "step": "isolation",
+}
 PARTS = {".".join(file.parent.relative_to(PACKAGE).parts): file for file in PACKAGE.rglob("_*/__init__.py")}
 """Private packages: what a component is made of. Their modules have rows of their own, wherever they lie."""
 
@@ -187,7 +213,9 @@ def test_upper_packages_are_not_imported_from_below():
     for path in (PACKAGE / "testing").glob("*.py"):
         assert [target for target in imports(path) if target.startswith("cli")] == [], path.name
     for path in (PACKAGE / "cli").glob("*.py"):
-        assert [target for target in imports(path) if target.startswith("testing")] == [], path.name
+        assert [target for target in imports(path) if target.split(".")[0] in {"ai", "testing"}] == [], path.name
+    for path in (PACKAGE / "ai").glob("*.py"):
+        assert [target for target in imports(path) if target.split(".")[0] in {"cli", "testing"}] == [], path.name
 
 
 @pytest.mark.parametrize("name", OWNERS)

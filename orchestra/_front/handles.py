@@ -25,12 +25,13 @@ from typing import (
     overload,
 )
 
+from orchestra._agents.context import AgentContext
 from orchestra._front.runs import Run, SendOptions, post, send_options
 from orchestra._limiting.use import LimitUse
 from orchestra._queue.base import YIELD_EVERY
 from orchestra.errors import ConfigurationError, InvalidTaskTypeError
 from orchestra.flow_control import Admission, BackpressureConfig, RateLimitConfig, RedisRateLimiter
-from orchestra.tasks import BaseTask
+from orchestra.tasks import BaseTask, TaskPriority
 
 if TYPE_CHECKING:
     from orchestra._breakers.rules import CircuitBreakerConfig
@@ -41,6 +42,16 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Given = TypeVar("Given", BaseTask, AgentContext)
+"""What a worker fills in: as first parameters, these are no arguments of a call."""
+
+
+_AGENT_OPTIONS = frozenset(
+    (
+        *("timeout", "retry", "executor", "limit", "cost", "limits", "key", "failover", "type_concurrency", "priority"),
+        *("worker_id", "weight", "max_concurrency", "breaker", "own_limits"),
+    )
+)
 
 
 class ReplicaSettings(TypedDict, total=False):
@@ -59,6 +70,7 @@ class ReplicaSettings(TypedDict, total=False):
     failover: bool
     type_concurrency: int | None
     breaker: CircuitBreakerConfig | None
+    own_limits: Sequence[LimitUse]
     priority: int
 
 
@@ -166,7 +178,11 @@ class AgentDecorator(Protocol):
 
     @overload
     def __call__(  # type: ignore[overload-overlap]
-        self, function: Callable[Concatenate[BaseTask, P], Coroutine[Any, Any, R]], /
+        self, function: Callable[Concatenate[BaseTask, AgentContext, P], Coroutine[Any, Any, R]], /
+    ) -> AgentHandle[P, R]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, function: Callable[Concatenate[Given, P], Coroutine[Any, Any, R]], /
     ) -> AgentHandle[P, R]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]
@@ -211,3 +227,27 @@ def keyed(options: Mapping[str, Any]) -> dict[str, Any]:
         return dict(options)
     use = LimitUse(limiter, key, options.get("cost", 1))
     return {**options, "limiter": None, "limits": (use, *options.get("limits", ()))}
+
+
+def priority_of(given: Any, first: AgentHandle[..., Any] | None) -> int:
+    """The priority of what an agent is sent: as ``given``, else that of its ``first`` replica, else NORMAL."""
+    if given is None:
+        return first.options.priority if first is not None else TaskPriority.NORMAL
+    try:
+        return TaskPriority(given)
+    except ValueError:
+        raise ConfigurationError(
+            f"agent priority must be a TaskPriority, 0 (critical) to 3 (low), got {given!r}",
+            field="priority",
+            value=given,
+        ) from None
+
+
+def require_known(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ConfigurationError for an option that no agent has."""
+    if unknown := sorted(set(options) - _AGENT_OPTIONS):
+        raise ConfigurationError(
+            f"agent {name!r} has no option {unknown[0]!r}; options are name, {', '.join(sorted(_AGENT_OPTIONS))}",
+            field=unknown[0],
+            value=options[unknown[0]],
+        )

@@ -11,8 +11,8 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from orchestra.errors import ConfigurationError, ResultUnavailableError, TaskCancelledError, TaskFailedError
-from orchestra.task_queue import BaseTaskQueue, RedisStreamTaskQueue
+from orchestra._agents.children import peek, value_of
+from orchestra.errors import ConfigurationError, ResultUnavailableError
 from orchestra.tasks import Cancellation, TaskDict, TaskPriority, TaskState
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Run(Generic[R]):
         self._require_wanted()
         if self._record is None:
             self._record = await self.app.queue.wait_result(self.id, timeout)
-        return cast("R", _value_of(self.id, self.task_type, self._record))
+        return cast("R", value_of(self.id, self.task_type, self._record))
 
     def __await__(self) -> Generator[Any, Any, R]:
         return self.result().__await__()
@@ -121,7 +121,7 @@ class Run(Generic[R]):
         """
         self._require_wanted()
         if self._record is None:
-            self._record = await _peek(self.app.queue, self.id)
+            self._record = await peek(self.app.queue, self.id)
         if self._record is None:
             return TaskState.PENDING
         return _STATES.get(str(self._record.get("outcome")), TaskState.FAILED)
@@ -147,38 +147,6 @@ class Run(Generic[R]):
 
 
 _STATES = {"completed": TaskState.COMPLETED, "dead": TaskState.FAILED, "cancelled": TaskState.CANCELLED}
-
-
-def _value_of(task_id: str, task_type: str, record: Mapping[str, Any]) -> Any:
-    outcome = record.get("outcome")
-    if outcome == "completed":
-        return record.get("value")
-    if outcome == "cancelled":
-        raise TaskCancelledError(f"task {task_id} ({task_type}) was cancelled")
-    error, attempts, reason = record.get("error") or {}, record.get("attempts", 0), str(record.get("reason", outcome))
-    kind = str(error.get("error_type", ""))
-    text = str(error.get("error", "")) or reason
-    raise TaskFailedError(
-        f"task {task_id} ({task_type}) is dead after {attempts} attempt{'' if attempts == 1 else 's'}, "
-        f"{reason}: {f'{kind}: ' if kind and kind != reason else ''}{text}",
-        task_id=task_id,
-        error_type=kind,
-        reason=reason,
-        attempts=attempts,
-    )
-
-
-async def _peek(queue: BaseTaskQueue, task_id: str) -> dict[str, Any] | None:
-    """The terminal record of ``task_id`` if there is one now."""
-    if isinstance(queue, RedisStreamTaskQueue):
-        await queue.manager.connect()
-        if not await queue.manager.client.exists(queue.keys.result(task_id)):
-            return None
-        return await queue.wait_result(task_id, 5.0)
-    try:
-        return await queue.wait_result(task_id, 0.0)
-    except TimeoutError:
-        return None
 
 
 async def post(app: App, tasks: Sequence[TaskDict], *, want: bool) -> list[Run[Any]]:

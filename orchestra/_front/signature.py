@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from orchestra._agents.context import context_of, is_context
 from orchestra.errors import ConfigurationError, InvalidTaskError, InvalidTaskTypeError, Reject
 from orchestra.tasks import BaseTask
 
@@ -34,23 +35,25 @@ _ACCEPTED: Final[dict[Any, tuple[type, ...]]] = {
 class Signature:
     """What an agent's function takes.
 
-    ``injected`` is the parameter that gets the running :class:`~orchestra.tasks.BaseTask`, if there is one;
-    ``takes_input`` is False for a function of the task alone, which reads ``task.input`` itself.
+    ``injected`` is the parameter that gets the running :class:`~orchestra.tasks.BaseTask`, ``context`` the one that gets
+    its :class:`~orchestra.agents.AgentContext`, if there are such; ``takes_input`` is False for a function of these
+    alone, which reads ``task.input`` itself.
 
     Raises:
         ConfigurationError: tasks cannot call the function: it has positional-only parameters or ``*args``, is a class
             or a generator, or wants the task twice.
     """
 
-    __slots__ = ("_allowed", "_open", "_order", "_required", "_types", "injected", "name", "takes_input")
+    __slots__ = ("_allowed", "_open", "_order", "_required", "_types", "context", "injected", "name", "takes_input")
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         self.name = name
         _require_function(function, name)
         parameters = list(inspect.signature(function).parameters.values())
         hints = _hints(function, parameters)
-        self.injected = _injected(name, parameters, hints)
-        own = [parameter for parameter in parameters if parameter.name != self.injected]
+        self.injected = _injected(name, parameters, hints, _is_task, "task")
+        self.context = _injected(name, parameters, hints, is_context, "context")
+        own = [parameter for parameter in parameters if parameter.name not in (self.injected, self.context)]
         for parameter in own:
             if parameter.kind in (_Kind.POSITIONAL_ONLY, _Kind.VAR_POSITIONAL):
                 star = "*" if parameter.kind is _Kind.VAR_POSITIONAL else ""
@@ -65,7 +68,7 @@ class Signature:
         self._allowed = frozenset(p.name for p in named)
         self._required = frozenset(p.name for p in named if p.default is _Kind.empty)
         self._types = {p.name: kinds for p in named if (kinds := _accepted(hints.get(p.name)))}
-        self.takes_input = bool(own) or self.injected is None
+        self.takes_input = bool(own) or (self.injected is None and self.context is None)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], where: str = "") -> dict[str, Any]:
         """The ``input`` of a task that calls the function with these arguments; defaults are left to the worker.
@@ -87,10 +90,9 @@ class Signature:
 
     def _check_names(self, values: Mapping[str, Any], where: str) -> None:
         if not self._open and not values.keys() <= self._allowed:
-            if self.injected in values:
-                raise self._wrong(
-                    f"{self.injected!r} is the task itself and filled in by the worker", where, self.injected
-                )
+            for filled, what in ((self.injected, "the task itself"), (self.context, "the context of the attempt")):
+                if filled in values:
+                    raise self._wrong(f"{filled!r} is {what} and filled in by the worker", where, filled)
             name = next(name for name in values if name not in self._allowed)
             near = difflib.get_close_matches(str(name), self._allowed, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {_listed(sorted(self._allowed))}"
@@ -134,7 +136,7 @@ class Signature:
             Reject: the task was sent to a function with another signature; running it again cannot help.
         """
         if not self.takes_input:
-            return {str(self.injected): task}
+            return self._filled({}, task)
         given = task.input
         if given is None:
             given = {}
@@ -148,9 +150,14 @@ class Signature:
                 self._check_names(given, "")
             except InvalidTaskError as error:
                 raise Reject(str(error)) from None
-        if self.injected is None:
-            return given
-        return {**given, self.injected: task}
+        return given if self.injected is None and self.context is None else self._filled(given, task)
+
+    def _filled(self, given: dict[str, Any], task: BaseTask) -> dict[str, Any]:
+        """``given`` with what the worker fills in."""
+        filled: dict[str, Any] = {} if self.injected is None else {self.injected: task}
+        if self.context is not None:
+            filled[self.context] = context_of(task)
+        return {**given, **filled}
 
 
 def make_call(function: Callable[..., Any], signature: Signature) -> Callable[[BaseTask], Any]:
@@ -237,15 +244,21 @@ def _hints(function: Callable[..., Any], parameters: Sequence[inspect.Parameter]
     return hints
 
 
-def _injected(name: str, parameters: Sequence[inspect.Parameter], hints: Mapping[str, Any]) -> str | None:
-    found = [p for p in parameters if _is_task(hints.get(p.name))]
+def _injected(
+    name: str,
+    parameters: Sequence[inspect.Parameter],
+    hints: Mapping[str, Any],
+    meant: Callable[[Any], bool],
+    what: str,
+) -> str | None:
+    found = [p for p in parameters if meant(hints.get(p.name))]
     if len(found) > 1:
         raise ConfigurationError(
-            f"agent {name!r} wants the task twice: {_listed([p.name for p in found])}", field="agent"
+            f"agent {name!r} wants the {what} twice: {_listed([p.name for p in found])}", field="agent"
         )
     if found and found[0].kind not in (_Kind.POSITIONAL_OR_KEYWORD, _Kind.KEYWORD_ONLY):
         raise ConfigurationError(
-            f"agent {name!r}: the task parameter {found[0].name} must be an ordinary parameter", field=found[0].name
+            f"agent {name!r}: the {what} parameter {found[0].name} must be an ordinary parameter", field=found[0].name
         )
     return found[0].name if found else None
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from orchestra._delivery import read_record
-from orchestra._keys import QueueKeys
+from orchestra._keys import QueueKeys, WorkflowKeys
 from orchestra._queue.replies import ReplyListener
 from orchestra.connections import store_errors
 from orchestra.memory_queue import InMemoryTaskQueue
@@ -38,9 +38,9 @@ class Records(Protocol):
         """Let tasks with these ids be produced again. Raises: StoreError. One round trip per 500."""
 
     async def keep_for(self, seconds: int | None, queue: str | None = None) -> None:
-        """Let everything that the queue (or another named ``queue``) holds expire; None: let nothing.
+        """Let everything that the queue (or another named ``queue``) holds expire, its workflows too; None: let nothing.
 
-        Raises: StoreError. One round trip.
+        Raises: StoreError. Three round trips.
         """
 
 
@@ -92,12 +92,22 @@ class RedisRecords:
     async def keep_for(self, seconds: int | None, queue: str | None = None) -> None:
         """EXPIRE or PERSIST of what has no time to live of its own."""
         keys = self._keys if queue is None else QueueKeys(queue)
-        names = (*keys.lanes, keys.delayed, keys.bodies, keys.dlq, keys.counters, keys.consumers)
+        names = [*keys.streams, keys.delayed, keys.bodies, keys.dlq, keys.counters, keys.consumers]
         with store_errors(self._queue.manager.address.safe, "EXPIRE"):
+            names += await self._unfinished(WorkflowKeys(self._queue.name if queue is None else queue))
             async with self._redis.pipeline(transaction=True) as pipeline:
                 for name in names:
                     pipeline.persist(name) if seconds is None else pipeline.expire(name, seconds)
                 await pipeline.execute()
+
+    async def _unfinished(self, keys: WorkflowKeys) -> list[str]:
+        """The keys of the workflows that have not ended, and those that all workflows of the queue share."""
+        ended = set(await self._redis.zrange(keys.expiry, 0, -1))
+        names = [keys.outbox, keys.ended, keys.index, keys.expiry]
+        for workflow_id in await self._redis.zrange(keys.index, 0, -1):
+            if workflow_id not in ended:
+                names += keys.scripted(workflow_id.decode())[:3]
+        return names
 
 
 class MemoryRecords:

@@ -26,7 +26,7 @@ from orchestra.errors import (
 if TYPE_CHECKING:
     from typer import Typer
 
-_COMMANDS = ("run", "worker", "submit", "cancel", "stats", "dlq", "limits", "breakers", "doctor")
+_COMMANDS = ("run", "worker", "submit", "cancel", "workflow", "stats", "dlq", "limits", "breakers", "doctor")
 _BROKEN_PIPE = 141  # as the shell counts SIGPIPE
 _EPILOG = (
     "Exit status: 0 done, 1 failure, 2 wrong usage or configuration, 3 dead tasks or findings, 130 interrupted. "

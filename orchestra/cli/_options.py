@@ -18,6 +18,7 @@ from orchestra._keys import PREFIX, QueueKeys
 from orchestra.app import App
 from orchestra.connections import ConnectionManager, store_errors
 from orchestra.errors import ConfigurationError
+from orchestra.tasks import TaskPriority
 
 ALIVE = 10
 """Seconds within which a worker gives a sign of life several times."""
@@ -100,7 +101,7 @@ async def _choose(manager: ConnectionManager, wanted: str | None) -> str:
     if wanted is not None:
         keys = QueueKeys(wanted)
         with store_errors(manager.address.safe, "EXISTS"):
-            if await manager.client.exists(keys.counters, keys.dlq, *keys.lanes):
+            if await manager.client.exists(keys.counters, keys.dlq, *keys.streams):
                 return wanted
     names = await queues(manager)
     if wanted is None and len(names) == 1:
@@ -147,6 +148,20 @@ def unwrapped(doc: str | None) -> str:
     """A docstring as help: its paragraphs, each on one line, so that the terminal's width decides."""
     paragraphs = inspect.cleandoc(doc or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+def priority_of(text: str | None) -> int | None:
+    """The level that ``--priority`` names. Raises ConfigurationError."""
+    if text is None:
+        return None
+    try:
+        return TaskPriority(int(text)) if text.isdecimal() else TaskPriority[text.upper()]
+    except (KeyError, ValueError):
+        raise ConfigurationError(
+            f"--priority must be critical, high, normal or low (or 0 to 3), got {text!r}",
+            field="--priority",
+            value=text,
+        ) from None
 
 
 def drop_none(**values: Any) -> dict[str, Any]:

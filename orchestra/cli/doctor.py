@@ -25,6 +25,7 @@ from orchestra.cli._output import clean, print_json, size
 from orchestra.cli._status import DEAD, FAILURE, OK
 from orchestra.connections import ConnectionManager
 from orchestra.errors import OrchestraError, StoreError
+from orchestra.tasks import LANES
 
 if TYPE_CHECKING:
     from orchestra._redis.address import Address
@@ -169,17 +170,17 @@ def _connections(address: Address) -> ConnectionManager:
 
 
 async def _stream_ids(manager: ConnectionManager, names: list[str]) -> list[Finding]:
-    """Lanes whose ids run ahead of the clock or are used up. One round trip a lane, of the first 100 queues."""
+    """Lanes whose ids run ahead of the clock or are used up. Two round trips a lane, of the first 100 queues."""
     seconds, _ = await manager.client.time()
     found: list[Finding | None] = []
     for name in names[:MOST_QUEUES]:
-        for lane, key in enumerate(QueueKeys(name).lanes):
+        for number, key in enumerate(QueueKeys(name).streams):
             try:
                 about = await manager.client.xinfo_stream(key)
             except Exception as error:  # noqa: BLE001 - a lane that is not there, not a stream, or not to be looked at
                 del error
                 continue
-            found.append(_checks.check_stream_id(name, lane, _text(about["last-generated-id"]), seconds))
+            found.append(_checks.check_stream_id(name, number % LANES, _text(about["last-generated-id"]), seconds))
     return [finding for finding in found if finding is not None]
 
 

@@ -62,8 +62,8 @@ def _named(words: list[str]) -> tuple[str | None, str]:
 def ls(target: TargetArgument = None, redis: RedisOption = None, as_json: JsonOption = False) -> int:
     """List the limits that are in use: what they are, and what could be had now.
 
-    Columns: permits per period, burst, keys with permits in use, permits available now (of the fullest key), and whether the
-    limit was set at run time. Reads every key of the server once, so it is for people.
+    Columns: permits per period, burst, keys with permits in use, permits available now (of the fullest key), refused a second
+    (requests and parked tasks of all processes, over ten seconds), and whether the limit was set at run time. Reads every key of the server once, so it is for people.
 
     Exit status: 0, also when there are none; 1 if Redis failed, 2 wrong usage.
     """
@@ -79,14 +79,18 @@ def ls(target: TargetArgument = None, redis: RedisOption = None, as_json: JsonOp
             print("no limits are in use")
             return 0
         listed = table(
-            "limit", "scope", ("rate", "right"), ("burst", "right"), ("keys", "right"), ("available", "right"), "set"
+            *("limit", "scope", ("rate", "right"), ("burst", "right"), ("keys", "right"), ("available", "right")),
+            *(("refused", "right"), "set"),
         )
         for status in found:
             per = f"{status.rate:g}/s" if status.period == 1 else f"{status.rate:g} per {status.period:g} s"
             changed = "at run time" if status.version else ""
             row(
                 listed,
-                [clean(status.name, 60), status.scope, per, status.burst, status.keys, status.available, changed],
+                [
+                    *(clean(status.name, 60), status.scope, per, status.burst, status.keys, status.available),
+                    *(f"{status.refused:.3g}/s" if status.refused else "", changed),
+                ],
             )
         console().print(listed)
         return 0

@@ -21,11 +21,11 @@ from orchestra.cli._options import (
     drop_none,
     examples,
     manager_of,
+    priority_of,
     workers_alive,
 )
 from orchestra.cli._output import plain_value, pretty, print_json, say
 from orchestra.errors import ConfigurationError, InvalidTaskError, TaskFailedError, UnknownAgentError
-from orchestra.tasks import TaskPriority
 
 EPILOG = examples(
     'orchestra submit jobs:app classify \'{"text": "hello"}\' --wait',
@@ -76,7 +76,7 @@ def submit(
     Exit status: 0 sent (with --wait: completed), 3 the task is dead, 1 no result in time or Redis failed, 2 wrong usage.
     """
     options = drop_none(
-        id=task_id, key=key, priority=_priority(priority), delay=delay, timeout=timeout, max_retries=max_retries
+        id=task_id, key=key, priority=priority_of(priority), delay=delay, timeout=timeout, max_retries=max_retries
     )
     if metadata is not None:
         options["metadata"] = _parsed("--metadata", metadata)
@@ -99,19 +99,6 @@ def _app(target: str, agent: str, redis: str | None, queue: str | None) -> App:
         known = ", ".join(sorted(app.agents)) or "none"
         raise UnknownAgentError(f"{target!r} has no agent {agent!r}; its agents are: {known}", task_type=agent)
     return app
-
-
-def _priority(text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        return TaskPriority(int(text)) if text.isdecimal() else TaskPriority[text.upper()]
-    except (KeyError, ValueError):
-        raise ConfigurationError(
-            f"--priority must be critical, high, normal or low (or 0 to 3), got {text!r}",
-            field="--priority",
-            value=text,
-        ) from None
 
 
 def _input(text: str) -> Any:

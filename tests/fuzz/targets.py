@@ -320,7 +320,7 @@ def _nearly(source: Bytes) -> object:
 
     if source.below(9) == 8:
         return ReplyError(source.pick(("NOGROUP x", "UNBLOCKED y", "ERR z", "", "LOADING", "NOAUTH", "x" * 500)))
-    return [part(lambda: [source.pick(KEYS.lanes).encode(), part(entries)]) for _ in range(source.below(5))]
+    return [part(lambda: [source.pick(KEYS.streams).encode(), part(entries)]) for _ in range(source.below(5))]
 
 
 def _read_blocking(answer: object) -> list[Delivery]:
@@ -329,11 +329,11 @@ def _read_blocking(answer: object) -> list[Delivery]:
 
 
 def _read_exactly(answer: object) -> list[Delivery]:
-    """take.lua answers with lane numbers in place of keys."""
-    lanes = {key.encode(): lane for lane, key in enumerate(KEYS.lanes)}
+    """take.lua answers with numbers in place of keys."""
+    streams = {key.encode(): number for number, key in enumerate(KEYS.streams)}
     if isinstance(answer, list):
         answer = [
-            [lanes.get(pair[0], pair[0]), pair[1]]
+            [streams.get(pair[0], pair[0]), pair[1]]
             if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], bytes)
             else pair
             for pair in answer

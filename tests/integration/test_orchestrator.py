@@ -22,7 +22,7 @@ from orchestra.memory import MemoryManager, get_memory_manager
 from orchestra.orchestration_worker_pool import OrchestrationWorkerPoolConfig, QueueWorkerPool
 from orchestra.orchestrator import Orchestrator, get_orchestrator
 from orchestra.task_queue import RedisStreamTaskQueue
-from orchestra.tasks import TaskState
+from orchestra.tasks import Retry, TaskState
 from orchestra.workflow import StepState, WorkflowEngine, get_workflow_engine
 
 TASK = {"id": "t1", "type": "report", "input": {"q": 1}, "metadata": {"tenant": "acme"}}
@@ -486,3 +486,57 @@ async def test_the_initialisation_sequence_of_the_specification(redis_url):
     with pytest.raises(ConfigurationError, match="another worker_pool"):
         get_orchestrator(worker_pool=QueueWorkerPool("other"))
     await get_connection_manager().close()
+
+
+# -- graphs without a queue
+
+
+async def test_without_a_queue_ready_steps_of_a_graph_run_at_once(make, load):
+    both = asyncio.Barrier(2)
+    agents = Agents(meet=lambda t: both.wait(), sum=lambda t: sum(t.input["of"]), bad=ValueError("no"), work=1)
+    orchestrator = make(agents)
+    plan = [
+        {"id": "a", "action": "meet", "depends_on": []},
+        {"id": "b", "action": "meet"},
+        {"id": "c", "action": "sum", "args": {"of": [{"$ref": "a"}, {"$ref": "b"}]}},
+        {"id": "left", "action": "work", "when": {"eq": [{"$ref": "c"}, 2]}},
+        {"id": "out", "action": "work", "depends_on": ["left"]},
+        {"id": "soft", "action": "bad", "on_failure": "continue", "depends_on": ["c"]},
+        {"id": "end", "action": "sum", "args": {"of": [{"$ref": "c"}]}, "depends_on": ["soft", "out"]},
+    ]
+    orchestrator.register_template("report", plan)
+    async with asyncio.timeout(20):
+        await orchestrator.process_incoming_task("t1", TASK)
+    state = await load()
+    assert [step.state.value for step in state.steps] == [
+        *("completed", "completed", "completed", "skipped", "skipped", "failed", "completed")
+    ]
+    assert (state.status, state.workflow_context["final_output"], state.driven) == (TaskState.COMPLETED, 1, False)
+    assert state.steps[5].error["message"] == "no"
+
+
+async def test_without_a_queue_retries_count_as_attempts(make, load):
+    agents = Agents()
+    retry = Retry(max_retries=3, base=0.001, max_delay=0.002)
+    agents.answer("report", lambda t: ValueError("again") if t.attempt < 3 else t.attempt, retry=retry)
+    await make(agents).process_incoming_task("t1", TASK)
+    state = await load()
+    assert (state.steps[0].attempt, state.steps[0].result) == (3, 3)
+
+
+async def test_without_a_queue_wait_carries_on(make):
+    agents = Agents(work=lambda t: t.input)
+    orchestrator = make(agents)
+    name = await orchestrator.start({"type": "report", "input": 5}, [{"action": "work"}])
+    assert not agents.seen
+    state = await orchestrator.wait(name)
+    assert (state.status, state.workflow_context["final_output"]) == (TaskState.COMPLETED, 5)
+
+
+async def test_without_a_queue_a_reference_that_leads_nowhere_is_the_steps_failure(make, load):
+    orchestrator = make(Agents(work=1))
+    orchestrator.register_template("report", [{"action": "work"}, {"action": "work", "args": {"n": {"$ref": "0.x"}}}])
+    await orchestrator.process_incoming_task("t1", TASK)
+    state = await load()
+    assert (state.status, state.error["step_index"]) == (TaskState.FAILED, 1)
+    assert "0.x" in state.error["message"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import time
 from collections import Counter
 from itertools import pairwise
@@ -275,7 +276,7 @@ async def test_dispatcher_move_to_dlq(task_queue, agents, agent_factory):
 
 
 async def test_process_task(task_queue, agents, agent_factory):
-    """One delivery through ``run_item``, in a slot of the dispatcher's own pool, to its settlement."""
+    """One delivery through ``start_nowait``, in a slot of the dispatcher's own pool, to its settlement."""
     agent = agent_factory.create_agent("classify", result=lambda task: task.input["text"].upper())
     agents.register("classify", agent)
     dispatcher = Dispatcher(task_queue, agents=agents)
@@ -283,18 +284,21 @@ async def test_process_task(task_queue, agents, agent_factory):
         {"id": "task-123", "type": "classify", "input": {"text": "x"}, "priority": TaskPriority.HIGH}
     )
     (delivery,) = await task_queue.read(dispatcher.consumer, 1, 0)
-    dispatcher._offer([delivery])
+    source = dispatcher._deliveries
+    source.offer([delivery])
     assert dispatcher.held == 1
-    assert dispatcher.take_nowait() is delivery
-    assert dispatcher.take_nowait() is None
     (slot,) = dispatcher.pool.slots
-    await dispatcher.run_item(delivery, slot)
+    rest = source.start_nowait(slot, math.inf)
+    if rest is not None:
+        assert (dispatcher.held, dispatcher.running_tasks, slot.item) == (1, 1, delivery)
+        await rest
+    assert source.start_nowait(slot, math.inf) is None
     assert dispatcher.outcomes == {Outcome.COMPLETED: 1}
     assert (dispatcher.held, dispatcher.running_tasks) == (0, 0)
     (task,) = agent.calls
     assert (task.id, task.input, task.priority, task.attempt) == ("task-123", {"text": "x"}, TaskPriority.HIGH, 1)
     assert await task_queue.get_queue_depth() == 1, "ended is not settled"
-    assert await task_queue.settle(dispatcher._verdicts) == []
+    assert await task_queue.settle(dispatcher._settlements.pending) == []
     assert await task_queue.get_queue_depth() == 0
     await dispatcher.pool.shutdown(wait=False)
 

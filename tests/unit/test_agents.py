@@ -200,7 +200,7 @@ def test_a_bad_option_does_not_change_what_is_registered(agents):
 def test_an_unknown_option_is_answered_with_the_known_ones(agents):
     known = (
         "cost, executor, failover, key, limiter, limits, retry, timeout, type_concurrency, "
-        "worker_id, weight, max_concurrency, breaker"
+        "worker_id, weight, max_concurrency, breaker, own_limits"
     )
     with pytest.raises(ConfigurationError, match=f"no option 'timeut'; options are {known}"):
         agents.register("work", function, timeut=3)

@@ -47,6 +47,9 @@ CODES = {
     "RetryLater": "retry_later",
     "Throttled": "throttled",
     "Reject": "reject",
+    "WaitForSignal": "wait_for_signal",
+    "BudgetExceededError": "budget_exceeded",
+    "ToolRepeatError": "tool_repeat",
 }
 """Published codes. A line may be added; none may ever change or go."""
 
