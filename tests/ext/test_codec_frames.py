@@ -160,6 +160,7 @@ def test_every_printable_character_may_be_in_a_name(char):
         *[("deadline", v, EncodeTypeError) for v in (False, "3", dt.datetime(2024, 1, 1))],
         *[("type", v, EncodeTypeError) for v in (5, b"t", ["t"])],
         *[("id", v, EncodeTypeError) for v in (5, b"t", 0)],
+        *[("metadata", v, EncodeTypeError) for v in (5, [1], "text", b"")],
     ],
 )
 def test_fields_have_ranges(key, value, error):

@@ -38,7 +38,7 @@ TASKS = st.builds(
             "deadline": st.none() | SECONDS,
             "delay": st.none() | st.floats(0, 3e8),
             "input": VALUES,
-            "metadata": VALUES,
+            "metadata": st.none() | st.dictionaries(TEXT, VALUES, max_size=4),
         },
     ),
     st.dictionaries(EXTRA_KEYS, VALUES, max_size=12),
