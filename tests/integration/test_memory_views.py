@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from orchestra import _documents, _keys
 from orchestra._documents import LocalStore
+from orchestra.connections import get_connection_manager
 from orchestra.errors import ConfigurationError, StoreFullError
 from orchestra.memory import MemoryManager, Versioned, get_memory_manager
 
@@ -239,3 +240,4 @@ async def test_both_spellings_of_the_factory_give_one_manager(redis_url):
     assert plain is not get_memory_manager()
     await plain.set("k", 1)
     assert await plain.get("k") == 1
+    await get_connection_manager().close()
