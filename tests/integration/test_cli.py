@@ -47,43 +47,6 @@ def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "orchestra.cli", *args]
 
 
-# Starts each command as a process of its own, but imports what they share once: a start costs 20 ms instead of 500.
-FORKS = """
-import json, os, sys
-import orchestra.cli as cli
-for name in ("worker", "submit", "cancel", "dlq", "stats", "doctor"):
-    __import__(f"orchestra.cli.{name}")
-import typer.main, typer.rich_utils
-for line in sys.stdin:
-    asked = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        os.environ.clear()
-        os.environ.update(asked["env"])
-        os.chdir(asked["cwd"])
-        for number, name in enumerate(("in", "out", "err")):
-            os.dup2(os.open(asked[name], os.O_RDONLY if not number else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", closefd=False), open(2, "w", closefd=False)
-        try:
-            cli.main(asked["args"])
-        except SystemExit as end:
-            status = end.code
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def forks():
-    process = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    yield process
-    process.stdin.close()
-    process.wait(10)
-    process.stdout.close()
-
-
 @pytest.fixture
 def cli(folder, forks):
     """Run the command line in a process: status, standard output, standard error."""

@@ -6,7 +6,6 @@ import asyncio
 
 import pytest
 
-from orchestra.agents import AgentRegistry
 from orchestra.circuit_breaker import CircuitBreakerConfig
 from orchestra.connections import get_connection_manager
 from orchestra.errors import (
@@ -24,8 +23,10 @@ from orchestra.orchestrator import Orchestrator, get_orchestrator
 from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import Retry, TaskState
 from orchestra.workflow import StepState, WorkflowEngine, get_workflow_engine
+from tests.integration.noting import Agents
 
 TASK = {"id": "t1", "type": "report", "input": {"q": 1}, "metadata": {"tenant": "acme"}}
+
 PLAN = [
     {"action": "fetch", "args": {"n": 1}, "reasoning": "first"},
     {"action": "think"},
@@ -37,31 +38,6 @@ PLAN = [
 def memory(request):
     place = request.getfixturevalue("manager") if request.param == "redis" else "memory:"
     return MemoryManager(place, namespace="t")
-
-
-class Agents(AgentRegistry):
-    """A registry whose agents note what they were given."""
-
-    def __init__(self, **answers):
-        super().__init__()
-        self.seen = []
-        for name, answer in answers.items():
-            self.answer(name, answer)
-
-    def answer(self, name, answer, **options):
-        async def agent(task):
-            self.seen.append(task)
-            value = answer(task) if callable(answer) else answer
-            if asyncio.iscoroutine(value):
-                value = await value
-            if isinstance(value, BaseException):
-                raise value
-            return value
-
-        self.register(name, agent, **options)
-
-    def runs(self, name):
-        return sum(task.type == name for task in self.seen)
 
 
 @pytest.fixture
@@ -164,7 +140,7 @@ async def test_an_agents_failure_is_recorded_and_ends_the_workflow(make, load):
     assert state.status is TaskState.FAILED
     assert state.error == {"type": "ValueError", "message": "bad? thought", "step_index": 1, "action": "think"}
     assert [step.state.value for step in state.steps] == ["completed", "failed", "skipped"]
-    assert agents.runs("tell") == 0
+    assert agents.runs()["tell"] == 0
 
 
 @pytest.mark.parametrize(
@@ -192,7 +168,7 @@ async def test_an_ended_workflow_is_left_as_it_is(make, load):
     await orchestrator.process_incoming_task("t1", TASK)
     await make(Agents(report="other")).process_incoming_task("t1", TASK)
     assert await load() == ended
-    assert agents.runs("report") == 1
+    assert agents.runs()["report"] == 1
 
 
 async def test_concurrent_calls_for_one_task_run_it_once(make, load):
@@ -226,7 +202,7 @@ async def test_not_now_gives_the_step_back_and_tells_the_caller(make, load, erro
     await orchestrator.process_incoming_task("t1", TASK)
     state = await load()
     assert (state.status, state.steps[1].result, state.steps[1].attempt) == (TaskState.COMPLETED, "at last", 2)
-    assert (agents.runs("planner"), agents.runs("fetch")) == (1, 1)
+    assert (agents.runs()["planner"], agents.runs()["fetch"]) == (1, 1)
 
 
 async def test_a_throttled_planner_plans_later_instead_of_falling_back(make, load):
@@ -262,7 +238,7 @@ async def test_an_open_breaker_spares_the_agent_and_fails_no_workflow(make, load
         assert (await load(task_id)).status is TaskState.FAILED
     with pytest.raises(CircuitOpenError):
         await orchestrator.process_incoming_task("c", {"type": "report"})
-    assert agents.runs("report") == 2
+    assert agents.runs()["report"] == 2
     assert not (await load("c")).is_finished()
 
 
@@ -271,7 +247,7 @@ async def test_an_open_breaker_of_the_planner_means_the_fallback(make, load):
     orchestrator = make(agents, breaker=CircuitBreakerConfig(failure_threshold=1))
     for task_id in ("a", "b"):
         await orchestrator.process_incoming_task(task_id, {"type": "report"})
-    assert agents.runs("planner") == 1
+    assert agents.runs()["planner"] == 1
     state = await load("b")
     assert (state.status, state.workflow_context["planner_error"]["code"]) == (TaskState.COMPLETED, "circuit_open")
 
@@ -279,7 +255,7 @@ async def test_an_open_breaker_of_the_planner_means_the_fallback(make, load):
 async def test_a_pool_that_is_shut_down_leaves_the_workflow_resumable(make, memory, load, pool):
     agents = Agents(planner=PLAN, fetch=1, think=lambda t: asyncio.Event().wait(), tell=2)
     running = asyncio.create_task(make(agents).process_incoming_task("t1", TASK))
-    while not agents.runs("think"):
+    while not agents.runs()["think"]:
         await asyncio.sleep(0)
     await pool.shutdown(wait=False)
     with pytest.raises(WorkerPoolError, match="was it shut down"):
@@ -292,7 +268,7 @@ async def test_a_pool_that_is_shut_down_leaves_the_workflow_resumable(make, memo
     await Orchestrator(None, memory, other, agents=agents).process_incoming_task("t1", TASK)
     await other.shutdown()
     assert (await load()).status is TaskState.COMPLETED
-    assert (agents.runs("planner"), agents.runs("fetch")) == (1, 1)
+    assert (agents.runs()["planner"], agents.runs()["fetch"]) == (1, 1)
 
 
 async def test_a_cancelled_call_cancels_its_agent_and_can_be_resumed(make, load):
@@ -307,7 +283,7 @@ async def test_a_cancelled_call_cancels_its_agent_and_can_be_resumed(make, load)
     agents = Agents(planner=PLAN, fetch=1, think=lambda t: wait(), tell=2)
     orchestrator = make(agents)
     running = asyncio.create_task(orchestrator.process_incoming_task("t1", TASK))
-    while not agents.runs("think"):
+    while not agents.runs()["think"]:
         await asyncio.sleep(0)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -319,7 +295,7 @@ async def test_a_cancelled_call_cancels_its_agent_and_can_be_resumed(make, load)
     await orchestrator.process_incoming_task("t1", TASK)
     state = await load()
     assert (state.status, state.steps[1].attempt) == (TaskState.COMPLETED, 2)
-    assert agents.runs("fetch") == 1
+    assert agents.runs()["fetch"] == 1
 
 
 async def test_a_rival_that_takes_over_a_step_wins_and_the_first_is_told(make, memory, load):
@@ -331,7 +307,7 @@ async def test_a_rival_that_takes_over_a_step_wins_and_the_first_is_told(make, m
 
     first, second = Agents(report=lambda t: slow()), Agents(report="heir")
     zombie = asyncio.create_task(make(first).process_incoming_task("t1", TASK))
-    while not first.runs("report"):
+    while not first.runs()["report"]:
         await asyncio.sleep(0)
     await make(second).process_incoming_task("t1", TASK)
     go.set()
@@ -351,7 +327,7 @@ async def test_when_two_plan_at_once_the_recorded_plan_counts(make, load):
 
     agents.answer("planner", lambda t: late())
     slow = asyncio.create_task(make(agents).process_incoming_task("t1", TASK))
-    while not agents.runs("planner"):
+    while not agents.runs()["planner"]:
         await asyncio.sleep(0)
     agents.answer("planner", [{"action": "think"}])
     await make(agents).process_incoming_task("t1", TASK)
@@ -359,7 +335,7 @@ async def test_when_two_plan_at_once_the_recorded_plan_counts(make, load):
     await slow
     state = await load()
     assert [step.result for step in state.steps] == ["thought"]
-    assert agents.runs("fetch") == 0
+    assert agents.runs()["fetch"] == 0
 
 
 async def test_another_task_under_the_same_id_is_refused(make, load):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 
 import pytest
 
@@ -11,7 +10,6 @@ from orchestra._delivery import STEP
 from orchestra._workflow import redis_store, twin
 from orchestra._workflow.runner import StepRunner
 from orchestra._workflow.upkeep import sweep
-from orchestra.agents import AgentRegistry
 from orchestra.dispatcher import Dispatcher
 from orchestra.errors import (
     ConfigurationError,
@@ -29,34 +27,10 @@ from orchestra.orchestrator import Orchestrator
 from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import Outcome, Retry, TaskState
 from orchestra.workflow import StepState
+from tests.integration.noting import Agents
 
 QUICK = {"max_retries": 2, "base": 0.001, "max_delay": 0.002}
 TASK = {"type": "report", "input": {"q": 1}, "metadata": {"tenant": "acme"}}
-
-
-class Agents(AgentRegistry):
-    """A registry whose agents note the tasks they were given."""
-
-    def __init__(self, **answers):
-        super().__init__()
-        self.seen = []
-        for name, answer in answers.items():
-            self.answer(name, answer)
-
-    def answer(self, name, answer, **options):
-        async def agent(task):
-            self.seen.append(task)
-            value = answer(task) if callable(answer) else answer
-            if asyncio.iscoroutine(value):
-                value = await value
-            if isinstance(value, BaseException):
-                raise value
-            return value
-
-        self.register(name, agent, **options)
-
-    def runs(self):
-        return Counter(task.type for task in self.seen)
 
 
 @pytest.fixture(params=["redis", "memory"])
