@@ -29,7 +29,7 @@ from orchestra._workflow.answers import (
     read_moved,
     read_row,
 )
-from orchestra._workflow.looking import Looking
+from orchestra._workflow.making import Making
 from orchestra._workflow.plan import refused, validate_plan
 from orchestra._workflow.saving import change_faults, encode_saved
 from orchestra._workflow.states import (
@@ -47,7 +47,7 @@ from orchestra._workflow.states import (
 from orchestra.errors import ConfigurationError, WorkflowError
 from orchestra.memory import DEFAULT, Default, MemoryManager, get_memory_manager, to_ms
 from orchestra.serialization import loads
-from orchestra.tasks import BaseTask, TaskState, check_ident
+from orchestra.tasks import TaskState
 
 if TYPE_CHECKING:
     from orchestra._workflow.store import Arg
@@ -71,12 +71,10 @@ __all__ = [
 
 logger = logging.getLogger("orchestra.workflow")
 
-MAX_ID: Final = 128 - len(":99999:9999")
-"""Longest id of a workflow that workers drive: the ids of its steps' tasks are made from it."""
 _PAGE: Final = 500
 
 
-class WorkflowEngine(Looking):
+class WorkflowEngine(Making):
     """Creates workflows, hands out their next step and records what became of it.
 
     Args:
@@ -97,64 +95,6 @@ class WorkflowEngine(Looking):
             raise TypeError(f"memory_manager must be a MemoryManager, got {type(memory_manager).__name__}")
         self.memory_manager = memory_manager
         self._retention_ms = to_ms(memory_manager.ttl if isinstance(retention, Default) else retention)
-
-    async def initialize_workflow(
-        self,
-        task: BaseTask,
-        plan: list[dict[str, Any]],
-        *,
-        context: dict[str, Any] | None = None,
-        driven: bool = False,
-        parent: tuple[str, int] | None = None,
-    ) -> WorkflowState | None:
-        """Create the workflow of ``task``; called again with the same task and plan it returns what is there.
-
-        ``context`` is the initial ``workflow_context``. ``driven``: workers carry it out, so its steps go through the
-        outbox; ``.ready`` of what is returned are those that may be sent. ``parent``: workflow and step that its end is
-        told to. One round trip, two when the workflow exists.
-
-        Returns:
-            The workflow, or None if the task has one already with another plan, type or input: what was recorded
-            first stays.
-
-        Raises:
-            WorkflowError: the plan has faults; ``.faults`` lists them all. Nothing was written.
-            ConfigurationError: the id of a driven one is longer than 117 characters.
-        """
-        steps = validate_plan(plan)
-        if driven and len(check_ident("task id", task.id)) > MAX_ID:
-            text = f"id of a workflow that workers drive must be at most {MAX_ID} characters, got {len(task.id)}"
-            raise ConfigurationError(text, field="id", value=task.id)
-        told = {"id": task.id, "type": task.type, "input": task.input}
-        told |= {"priority": int(task.priority), "metadata": task.metadata}
-        state = WorkflowState(task.id, steps, [], workflow_context=dict(context or {}), task=told)
-        state.driven, state.parent = driven, parent
-        if driven:
-            state.status, state.phase = TaskState.RUNNING, "running"
-        fields, shared_fields, roots = rec.encode_new(state, self.memory_manager.encode)
-        store, token = await self._store(), secrets.token_hex(8)
-        made = await store.make(task.id, token, roots if driven else (), fields, shared_fields)
-        if made:
-            record = fields | {"token": token.encode(), "created": b"%d" % made}
-            self._emit(task.id, state.status, None, 0, len(steps))
-        else:
-            record, shared_fields = await store.read(task.id)
-        if made or self._same(task.id, record, fields, steps):
-            state = rec.decode_state(task.id, record, shared_fields)
-            state.ready = tuple(Ready(i, state.steps[i].series, state.plan[i]) for i in _unsent(state))
-            return state
-        logger.warning("workflow %s exists already with another plan or input; the recorded one stays", task.id)
-        return None
-
-    @staticmethod
-    def _same(task_id: str, record: Mapping[str, bytes], fields: Mapping[str, bytes], plan: list[Any]) -> bool:
-        rec.check_format(task_id, record)
-        fixed = ("planned", "input", *(f"p:{index}" for index in range(len(plan))))
-        try:
-            types = [loads(each["task"])["type"] for each in (record, fields)]
-        except rec.BAD as error:
-            raise rec.damaged(f"the record of workflow {task_id}", error) from error
-        return types[0] == types[1] and all(record.get(name) == fields[name] for name in fixed)
 
     # -- by hand
 
@@ -400,18 +340,6 @@ class WorkflowEngine(Looking):
         moved = await self._do("context", workflow_id, name, packed)
         if not moved.done:
             raise WorkflowError(f"workflow {workflow_id} is {moved.status.value} and cannot change any more")
-
-
-def _unsent(state: WorkflowState) -> list[int]:
-    """The steps that may be sent, as far as the record tells."""
-    if not state.driven or state.phase != "running":
-        return []
-    done = [step.state in DONE or step.state is StepState.FAILED for step in state.steps]
-    return [
-        step.step_index
-        for step in state.steps
-        if not step.role and step.state is StepState.PENDING and all(done[index] for index in step.depends_on)
-    ]
 
 
 def _context_changes(old: Mapping[str, bytes], new: Mapping[str, bytes]) -> tuple[dict[str, bytes], list[str]]:

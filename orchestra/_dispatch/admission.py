@@ -19,8 +19,8 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from orchestra import _backoff
-from orchestra._delivery import Again, Delivery
-from orchestra._dispatch.parking import MOST_KEYS, Line, Parking
+from orchestra._delivery import Again, Delivery, Sooner
+from orchestra._dispatch.parking import GRACE, MOST_KEYS, Line, Parking
 from orchestra._dispatch.turnstile import Turnstiles
 from orchestra._limiting.line_teller import LineTeller
 from orchestra._limiting.use import Limiter, LimitUse
@@ -31,6 +31,8 @@ from orchestra.tasks import BaseTask
 
 AWAY_DELAY = 1.0
 """Seconds that a task waits when its limits cannot be asked, and say to refuse then."""
+MOST_PLACES = 16_384
+"""Tasks put off by a limit whose places are known here: about two megabytes."""
 SPACING = 0.001, 0.01
 """Least and most seconds between two tasks that come back after somebody outside has refused: a hundredth of his time."""
 
@@ -72,6 +74,9 @@ class Gate:
         self._held_until = 0.0
         self._tellers: dict[Hashable, LineTeller] = {}
         self._doors = Turnstiles()
+        self._places: dict[str, tuple[Hashable, float]] = {}
+        self.sooner: list[Sooner] = []
+        """Tasks whose limit was raised since they were told when to come back; the dispatcher tells the queue."""
         self.always = limiter is not None
         """Whether tasks without limits of their own have to pass, too."""
 
@@ -124,7 +129,7 @@ class Gate:
                     return self._park(group, admission, task_id, urgency, numbers if came_back else None)
         finally:
             self._doors.leave(doors)
-        self._passed(keys)
+        self._passed(asks, keys)
         return None
 
     def _placed(
@@ -140,10 +145,12 @@ class Gate:
         if not len(self._lines):
             return None
         now = time.monotonic()
+        self._places.pop(task_id, None)
         for ask, key in zip(asks, keys, strict=True):
             line = self._lines.get(key)
             if line is None:
                 continue
+            self._follow(ask, key, line, now)
             if came_back:
                 at, numbers[key] = line.asks(task_id, now, ask.cost)
             else:
@@ -153,13 +160,36 @@ class Gate:
             if at is not None:
                 if (refusals := getattr(ask.limiter, "refusals", None)) is not None:
                     refusals.add()
-                return _again(at, now)
+                return self._noted(key, task_id, at, now, None)
         return None
 
-    def _passed(self, keys: Sequence[Hashable]) -> None:
+    def _noted(self, key: Hashable, task_id: str, at: float, now: float, wait: float | None) -> Again:
+        """The answer to a task whose place is ``at``; that is remembered, lest its limit be raised before."""
+        places = self._places
+        while len(places) >= MOST_PLACES and places[first := next(iter(places))][1] + GRACE < now:
+            del places[first]  # it came back to another worker
+        if len(places) < MOST_PLACES:
+            places[task_id] = (key, at)
+        return _again(at, now, wait)
+
+    def _follow(self, ask: _Ask, key: Hashable, line: Line, now: float) -> None:
+        """When the limit of ``line`` was raised, those in it that are known here come back as much sooner."""
+        interval, before = ask.limiter.interval, line.interval
+        if interval >= before:
+            return
+        line.hurry(interval, now)
+        for task_id, (own, at) in self._places.items():
+            if own == key and at > now:
+                closer = now + (at - now) * interval / before
+                self._places[task_id] = (key, closer)
+                self.sooner.append(Sooner(task_id, at, closer))
+
+    def _passed(self, asks: Sequence[_Ask], keys: Sequence[Hashable]) -> None:
         if len(self._lines):
             now = time.monotonic()
-            for key in keys:
+            for ask, key in zip(asks, keys, strict=True):
+                if (line := self._lines.get(key)) is not None:
+                    self._follow(ask, key, line, now)
                 self._lines.passed(key, now)
                 if key in self._tellers and self._lines.get(key) is None:
                     del self._tellers[key]
@@ -173,18 +203,21 @@ class Gate:
         wait = admission.retry_after
         if wait == math.inf:
             raise BackpressureRejectedError(f"no permit of cost {ask.cost} is ever given", retry_after=math.inf)
+        if (known := self._lines.get(key)) is not None:
+            self._follow(ask, key, known, now)
         line = self._lines.park(key, _shown(ask), ask.limiter.interval, now, wait)
         if key not in self._tellers and hasattr(ask.limiter, "cell"):
             self._add_teller(key, ask, urgency, line)
         if numbers is None:
-            return _again(line.queued(now + wait), now, wait)
+            return self._noted(key, task_id, line.queued(now + wait), now, wait)
         number = numbers.get(key) or line.number()
-        return _again(line.refused(task_id, number, now + wait), now, wait)
+        return self._noted(key, task_id, line.refused(task_id, number, now + wait), now, wait)
 
     def _add_teller(self, key: Hashable, ask: _Ask, urgency: int, line: Line) -> None:
         limiter = ask.limiter
 
         def learn(end: float) -> None:
+            self._follow(ask, key, line, time.monotonic())
             tolerance = limiter.setting.tolerances_us[min(max(urgency, 0), 3)] / 1e6
             line.ends_at(time.monotonic() + end - tolerance + line.interval * teller.untold)
 

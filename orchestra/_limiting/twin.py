@@ -88,7 +88,11 @@ class _Call:
         self.write, self.blocked = [False] * cells, [False] * cells
         for cell, key in enumerate(self.keys):
             parts = [int(part) for part in (load(key) or "0").split()]
-            stored, self.lines[cell], self.backs[cell] = (*parts, 0, 0)[:3]
+            stored, self.lines[cell], self.backs[cell], pace = (*parts, 0, 0, 0)[:4]
+            emission = self.of[cell][0]
+            if pace > emission and self.lines[cell] > self.now:
+                left = math.floor(float(self.lines[cell] - self.now) * float(emission) / float(pace))
+                self.lines[cell], self.write[cell] = self.now + left, True
             top = self.now + self.of[cell][1]
             if stored > top:
                 self.lines[cell], self.write[cell] = 0, True
@@ -123,7 +127,9 @@ class _Call:
             back = self.backs[cell] if self.now - BACK < self.backs[cell] <= self.now else 0
             last = max(self.tats[cell], line, back + BACK if back else 0)
             if self.write[cell] and last > self.now:
-                text = f"{self.tats[cell]} {line} {back}" if line or back else str(self.tats[cell])
+                text = str(self.tats[cell])
+                if line or back:
+                    text += f" {line} {back} {self.of[cell][0]}"
                 store(key, text, _ttl_ms(last - self.now))
 
 
@@ -132,11 +138,12 @@ def gcra_return(now: int, key: str, args: Sequence[Any], load: Load, store: Stor
     left, taken, amount = (_whole(arg, 0) for arg in args)
     parts = [int(part) for part in (load(key) or "0").split()]
     tat, line, back = (*parts, 0, 0)[:3]
+    pace = f" {parts[3]}" if len(parts) > 3 else ""
     given = min(amount, left - now)
     if given < 1 or taken > now or now - taken > BACK // 2 or back >= taken or tat < left:
         return 0
     last = max(tat, line, now + BACK)
-    store(key, f"{tat - given} {line} {now}", _ttl_ms(last - now))
+    store(key, f"{tat - given} {line} {now}{pace}", _ttl_ms(last - now))
     return given
 
 

@@ -15,13 +15,14 @@ import asyncio
 import contextlib
 import re
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from orchestra import telemetry
 from orchestra._delivery import Delivery, cancelled_record, frame_ident, read_record
 from orchestra._keys import QueueKeys
 from orchestra._redis.link import Call, Link
 from orchestra._redis.wire import ReplyError, pack, reply_error
-from orchestra._scripts import script
+from orchestra._scripts import Arg, script
 from orchestra.errors import CorruptEntryError, StoreError
 from orchestra.serialization import decode_header
 from orchestra.tasks import Cancellation, check_ident
@@ -134,11 +135,31 @@ class Canceller:
         keys = self._keys
         names = (
             *(*keys.streams, keys.delayed, keys.bodies, *keys.dedup, keys.counters, keys.cancels),
-            keys.result(task_id),
+            *(keys.result(task_id), keys.cancelled_steps),
         )
         where = message_id if message_id is not None and _is_entry(message_id) else ""
         args = (task_id, frame_ident(task_id), where, self._group, record, self._ttl_ms, MARK_TTL_MS, MOST_MARKS)
         return Call(script("cancel"), names, args)
+
+    async def steps(self, count: int) -> list[tuple[str, bytes]]:
+        """See :class:`~orchestra._queue.base.CancelledSteps`."""
+        found = await self._ask("HRANDFIELD", self._keys.cancelled_steps, count, "WITHVALUES")
+        return [(name.decode(), frame) for name, frame in zip(found[::2], found[1::2], strict=True)]
+
+    async def forget_steps(self, task_ids: Sequence[str]) -> None:
+        """See :class:`~orchestra._queue.base.CancelledSteps`."""
+        await self._ask("HDEL", self._keys.cancelled_steps, *task_ids)
+
+    async def _ask(self, *command: Arg) -> Any:
+        link, packed = await self._link(), pack((command,))
+
+        async def attempt() -> Any:
+            reply = (await link.send(packed, 1))[0]
+            if isinstance(reply, ReplyError):
+                raise reply_error(reply, link.manager.address.safe) from reply
+            return reply
+
+        return (await link.patiently(attempt, self._patience))[0]
 
     async def _tell(self, link: Link, frame: bytes, record: bytes) -> None:
         """Let a sender who waits know at once; the record is the truth, so a lost hint costs seconds only."""

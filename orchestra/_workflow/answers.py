@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from orchestra._workflow.record import BAD, LETTERS, Live, Static, damaged, step_of
+from orchestra._workflow.record import BAD, FORMAT, LETTERS, Live, Static, damaged, step_of
 from orchestra._workflow.refs import UNSET, Facts, StepFact
 from orchestra._workflow.states import StepState, WorkflowStep
 from orchestra.errors import CorruptEntryError, WorkflowError
@@ -153,7 +153,7 @@ def trouble(task_id: str, why: str) -> Exception:
     if why.startswith("format "):
         found = why.removeprefix("format ").encode()
         return CorruptEntryError(
-            f"the record of workflow {task_id} has format {found!r}, this version reads b'2'; it is left as it is"
+            f"the record of workflow {task_id} has format {found!r}, this version reads {FORMAT!r}; it is left as it is"
         )
     return damaged(f"the record of workflow {task_id}", why)
 

@@ -1,9 +1,10 @@
 """Sends what a workflow is ready for: steps as tasks of a queue, built-in steps carried out on the spot.
 
 Everybody who changes a record gets told what that made ready (:class:`~orchestra.workflow.Moved`) and hands it to a
-driver. A step travels as a task with the id ``<workflow>:<index>`` (``:<series>`` behind it, when it is sent anew), whose
-type is its action; what it is given is read from the record when it begins, so nothing is sent twice. What could not
-be sent stays in the record's outbox, and is sent by the sweep of :mod:`orchestra._workflow.upkeep`.
+driver. A step travels as a task with the id ``<workflow>:<index>:<life>`` (``.<series>`` behind it, when it is sent anew),
+whose type is its action; what it is given is read from the record when it begins, so nothing is sent twice. The life tells
+a workflow from an earlier one of its id, whose tasks the queue may still know. A workflow whose plan a worker is to make
+is recorded with that as its only step, and is sent like any other. What could not be sent stays in the record's outbox, and is sent by the sweep of :mod:`orchestra._workflow.upkeep`.
 
 Owns ids and shape of what is sent. Refuses to own states (the engine's) and the run of an agent
 (:mod:`orchestra._workflow.runner`). Holds no state between calls; one event loop.
@@ -13,13 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from orchestra._delivery import RETRY, STEP
 from orchestra._workflow.conditions import holds
 from orchestra._workflow.local import describe
-from orchestra._workflow.plan import PlannedStep, compile_step, item_step, ready_args, validate_plan
+from orchestra._workflow.making import PLAN, TIMER, checked_plan
+from orchestra._workflow.plan import PlannedStep, compile_step, item_step, ready_args
 from orchestra._workflow.planning import Planned, Planning, Templates, checked_planners, template_or_step
 from orchestra.errors import ConfigurationError, InvalidTaskError, WorkflowError
 from orchestra.serialization import new_task_id
@@ -35,16 +38,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("orchestra.workflow")
 
-TIMER: Final = "orchestra.timer"
-"""Type of the delayed task that ends a sleep, or the wait for a signal."""
-PLAN: Final = "orchestra.plan"
-"""Type of the task that plans a workflow on a worker."""
 OWN: Final = frozenset({TIMER, PLAN})
 
 
-def step_task_id(workflow_id: str, index: int, series: int) -> str:
+_random = random.Random()  # noqa: S311 - tells sendings apart, guards nothing
+
+
+def step_task_id(workflow_id: str, index: int, series: int, life: str) -> str:
     """The id of the task that carries a step."""
-    return f"{workflow_id}:{index}" if series == 1 else f"{workflow_id}:{index}:{series}"
+    return f"{workflow_id}:{index}:{life}" if series == 1 else f"{workflow_id}:{index}:{life}.{series}"
 
 
 def child_id(workflow_id: str, index: int, series: int) -> str:
@@ -96,23 +98,25 @@ class Driver:
         Raises:
             WorkflowError: the plan has faults, or the id is taken by a workflow with another plan or input.
             InvalidTaskError, StoreError: as :meth:`~orchestra.task_queue.BaseTaskQueue.produce`.
-        Cost: three round trips; two where a worker plans.
+        Cost: three round trips.
         """
         name, plan = ("workflow", what) if isinstance(what, list) else (what, plan)
         check_ident("workflow type", name)
         task = BaseTask(id or new_task_id(), name, input, priority, metadata=dict(metadata or {}))
         if plan is not None:
-            checked = plan if actions is None else validate_plan(plan, actions=actions)  # the engine checks the rest
+            checked = plan if actions is None else await checked_plan(plan, actions=actions)  # the engine does the rest
             await self.begin(task, Planned(checked, {"plan_source": "given"}))
         elif self.planning is not None:
             await self.begin(task, await self.planning.plan(task))
         elif self.planners:
-            await self.queue.produce(self._plan_task(task, None))
+            await self._begun(task, await self.engine.initialize_planning(task))
         else:
             await self.begin(task, await template_or_step(self.templates, task, {}))
         return task.id
 
-    async def begin(self, task: BaseTask, planned: Planned, parent: tuple[str, int] | None = None) -> WorkflowState:
+    async def begin(
+        self, task: BaseTask, planned: Planned, parent: tuple[str, int] | tuple[str, int, str] | None = None
+    ) -> WorkflowState:
         """Record ``task`` with its plan, and send what is ready. Idempotent.
 
         Raises:
@@ -121,17 +125,32 @@ class Driver:
         state = await self.engine.initialize_workflow(
             task, planned.plan, context=planned.context, driven=True, parent=parent
         )
+        return await self._begun(task, state)
+
+    async def planned(self, workflow_id: str, planned: Planned) -> bool:
+        """Give a workflow that was to be planned its plan, and send what is ready; one that has it keeps it.
+
+        False: it took none, because it has one, or ends.
+
+        Raises:
+            WorkflowError: the plan has faults.
+        """
+        state = await self.engine.set_plan(workflow_id, planned.plan, planned.context)
+        if state is None:
+            return False
+        await self.send_ready(workflow_id, state.ready, state.task)
+        if state.parent is not None and await self.engine.is_ending(state.parent[0]):
+            # Its parent ended before it waited for this child, and whoever was to make it wait died: nobody else knows.
+            await self.cancel(workflow_id, f"its parent {state.parent[0]} ended")
+        return True
+
+    async def _begun(self, task: BaseTask, state: WorkflowState | None) -> WorkflowState:
         if state is None:
             raise WorkflowError(
                 f"workflow {task.id} exists with another plan, type or input; give this one an id of its own"
             )
         await self.send_ready(task.id, state.ready, state.task)
         return state
-
-    def _plan_task(self, task: BaseTask, parent: tuple[str, int] | None) -> TaskDict:
-        told = {"type": task.type, "input": task.input, "metadata": task.metadata, "parent": parent}
-        where = {STEP: [self.namespace, task.id, -1, 1]}
-        return {"id": f"{task.id}:plan", "type": PLAN, "input": told, "priority": task.priority, "metadata": where}
 
     # -- steering
 
@@ -154,8 +173,7 @@ class Driver:
     async def cancel(self, workflow_id: str, reason: str | None = None) -> bool:
         """Cancel a workflow and its children; its running steps are interrupted, what is done is compensated.
 
-        To cancel the task of a step in the queue is no substitute: one that has not started is gone then, and its
-        workflow waits for it.
+        To cancel the task of a step in the queue ends that step alone, as SKIPPED with the error that says so.
         """
         moved = await self.engine.cancel(workflow_id, reason)
         await self.send(workflow_id, moved)
@@ -195,8 +213,9 @@ class Driver:
         """Send agents' steps, carry out the others; what the latter moved."""
         tasks, here = [], []
         for each in ready:
-            plain = not each.planned["action"].startswith("orchestra.") and each.planned.get("when") in (None, True)
-            if plain:
+            action = each.planned["action"]
+            built_in = action.startswith("orchestra.") and action != PLAN
+            if not built_in and each.planned.get("when") in (None, True):
                 tasks.append(self._step_task(workflow_id, each, task))
             else:
                 here.append(each)
@@ -209,7 +228,7 @@ class Driver:
                 try:
                     await self.queue.produce(made)
                 except InvalidTaskError as error:
-                    _, _, index, series = made["metadata"][STEP]
+                    _, _, index, series, _ = made["metadata"][STEP]
                     told = describe(error)
                     moved.append(await self.engine.finish(workflow_id, index, series, StepState.FAILED, error=told))
         moved += [await self._decide(workflow_id, each, task) for each in here]
@@ -217,9 +236,11 @@ class Driver:
 
     def _step_task(self, workflow_id: str, ready: Ready, task: Mapping[str, Any]) -> TaskDict:
         planned, index, series = ready.planned, ready.index, ready.series
-        metadata = {**(task.get("metadata") or {}), STEP: [self.namespace, workflow_id, index, series]}
+        life = task.get("life", "")
+        where = [self.namespace, workflow_id, index, series, f"{life}:{1 + _random.getrandbits(31)}"]
+        metadata = {**(task.get("metadata") or {}), STEP: where}
         made: TaskDict = {
-            "id": step_task_id(workflow_id, index, series),
+            "id": step_task_id(workflow_id, index, series, life),
             "type": planned["action"],
             "priority": task.get("priority", TaskPriority.NORMAL),
             "metadata": metadata,
@@ -235,13 +256,9 @@ class Driver:
         return made
 
     async def _cancelled(self, child: str, parent: str) -> list[tuple[str, Moved]]:
-        """Cancel a child; one that a worker has still to plan is not planned any more."""
-        try:
+        with contextlib.suppress(WorkflowError):  # it is gone
             return [(child, await self.engine.cancel(child, f"its parent {parent} ended"))]
-        except WorkflowError:
-            with contextlib.suppress(TypeError):
-                await self.queue.cancel(f"{child}:plan")
-            return []
+        return []
 
     async def _interrupt(self, workflow_id: str, moved: Moved) -> list[Moved]:
         """End the tasks of steps that run while their workflow is being cancelled; what that moved.
@@ -249,9 +266,10 @@ class Driver:
         One that was given back, and lies in the queue, is removed from there: no delivery will tell its workflow.
         """
         ended = []
+        life = await self.engine.life(workflow_id)
         for index, series in moved.in_flight:
             try:
-                answer = await self.queue.cancel(step_task_id(workflow_id, index, series))
+                answer = await self.queue.cancel(step_task_id(workflow_id, index, series, life))
             except TypeError:  # a queue of somebody's own that cannot cancel: they end by themselves
                 break
             if answer is not Cancellation.REQUESTED:
@@ -278,7 +296,7 @@ class Driver:
 
     async def _carry_out(
         self, workflow_id: str, ready: Ready, step: PlannedStep, args: dict[str, Any], task: Mapping[str, Any]
-    ) -> Moved:
+    ) -> Moved | None:
         engine, where = self.engine, (workflow_id, ready.index, ready.series)
         if step.kind == "sleep":
             moved = await engine.park(*where, timer=True, due=float(args["seconds"]))
@@ -298,37 +316,40 @@ class Driver:
     ) -> Moved:
         """Send the timer of a step that was parked; a lost one is made up for by the outbox, a little later."""
         if seconds is not None and moved.done and not moved.ready:
+            life = task.get("life", "")
             await self.queue.produce(
                 {
-                    "id": f"{step_task_id(*where)}:t",
+                    "id": f"{step_task_id(*where, life)}:t",
                     "type": TIMER,
                     "priority": task.get("priority", TaskPriority.NORMAL),
                     "delay": float(seconds),
-                    "metadata": {STEP: [self.namespace, *where]},
+                    "metadata": {STEP: [self.namespace, *where, f"{life}:0"]},
                 }
             )
         return moved
 
     async def _start_child(
         self, where: tuple[str, int, int], step: PlannedStep, args: dict[str, Any], task: Mapping[str, Any]
-    ) -> Moved:
-        """First the child, then the wait for it: a crash between them is repeated, and begins nothing twice."""
+    ) -> Moved | None:
+        """First the child, then the wait for it: a crash between them is repeated, and begins nothing twice.
+
+        None: the child of an earlier life of the workflow has not ended yet; the outbox keeps the step.
+        """
         workflow_id, index, _ = where
-        child, parent = child_id(*where), (workflow_id, index)
+        child, life = child_id(*where), task.get("life", "")
+        parent = (workflow_id, index, life)
         name = check_ident("workflow type", args.get("type") or "workflow")
         told = BaseTask(child, name, args.get("input"), task.get("priority", TaskPriority.NORMAL))
         told.metadata = dict(task.get("metadata") or {})
         if args.get("plan") is not None:
-            planned = Planned(args["plan"], {"plan_source": "given"})
+            state = await self.begin(told, Planned(args["plan"], {"plan_source": "given"}), parent)
         elif self.planners and self.planning is None:
-            await self.queue.produce(self._plan_task(told, parent))
-            return await self._wait_for(where, child)
+            state = await self._begun(told, await self.engine.initialize_planning(told, parent=parent))
         elif self.planning is not None:
-            planned = await self.planning.plan(told)
+            state = await self.begin(told, await self.planning.plan(told), parent)
         else:
-            planned = await template_or_step(self.templates, told, {})
-        await self.begin(told, planned, parent)
-        return await self._wait_for(where, child)
+            state = await self.begin(told, await template_or_step(self.templates, told, {}), parent)
+        return await self._wait_for(where, child) if state.task.get("of") == life else None
 
     async def _wait_for(self, where: tuple[str, int, int], child: str) -> Moved:
         moved = await self.engine.park(*where, child=child)

@@ -81,12 +81,15 @@ class Driving(Connectable):
 
     # -- one step
 
-    async def begin(self, workflow_id: str, index: int, series: int, fence: int) -> Begun:
+    async def begin(self, workflow_id: str, index: int, series: int, fence: int, claim: str = "") -> Begun:
         """Ask whether a delivery may run the step, and get what its agent call needs. O(its dependencies).
 
-        ``fence`` is the delivery's: of two of one series the lower is stale. The step leaves the outbox.
+        ``fence`` is the delivery's: of two of one series the lower is stale. ``claim``, ``"<life>:<copy>"``, is its
+        task's: of two that were sent for one series, however late, only the first to begin ever runs; and none that was
+        sent in an earlier life of the workflow, which the beginning of the record's token tells. The step leaves the
+        outbox.
         """
-        reply = await self._ask("begin", workflow_id, index, series, fence)
+        reply = await self._ask("begin", workflow_id, index, series, fence, claim)
         moved = await self._taken(workflow_id, reply, index)
         begun = read_begun(workflow_id, reply)
         return begun._replace(moved=moved)
@@ -114,12 +117,14 @@ class Driving(Connectable):
         error: Mapping[str, Any] | str | None = None,
         *,
         fence: int | None = None,
+        claim: str = "",
     ) -> Moved:
         """Record that a step ended, and everything that follows. O(its dependents).
 
-        ``state`` is COMPLETED, FAILED (its ``on_failure`` decides what that means) or SKIPPED. Repeated, it changes
+        ``state`` is COMPLETED, FAILED (its ``on_failure`` decides what that means) or SKIPPED. ``fence`` and ``claim``:
+        see :meth:`begin`. Repeated, it changes
         nothing and tells which of its dependents were not begun; the first result stays. ``why`` is "stale" for
-        another series or a later delivery, "ended" when it ended otherwise, "over" when the workflow has.
+        another series, claim or a later delivery, "ended" when it ended otherwise, "over" when the workflow has.
 
         Raises:
             TaskTooLargeError, InvalidTaskError: the result cannot be recorded; nothing was.
@@ -128,7 +133,8 @@ class Driving(Connectable):
             raise WorkflowError(f"a step ends as completed, failed or skipped, not {state!r}")
         told = self._packed(f"result of step {index}", result)
         problem = error_of(error) if error is not None else {"message": "failed"} if state is StepState.FAILED else None
-        args = (index, _some(series), _some(fence), state.value, told, self._packed(f"error of step {index}", problem))
+        facts = (told, self._packed(f"error of step {index}", problem))
+        args = (index, _some(series), _some(fence), state.value, *facts, claim)
         return await self._do("finish", workflow_id, *args, step=index)
 
     async def retrying(
@@ -141,13 +147,15 @@ class Driving(Connectable):
         *,
         fence: int | None = None,
         counted: bool = True,
+        claim: str = "",
     ) -> Moved:
         """RUNNING → PENDING: the queue brings the step back after ``delay`` seconds.
 
         ``counted`` False: it was no attempt (throttled), and no event is written.
         """
         data = dumps({"error": None if error is None else error_of(error), "delay": delay})
-        return await self._do("retrying", workflow_id, index, series, _some(fence), int(counted), data, step=index)
+        args = (index, series, _some(fence), int(counted), data, claim)
+        return await self._do("retrying", workflow_id, *args, step=index)
 
     async def park(
         self,
@@ -161,6 +169,7 @@ class Driving(Connectable):
         prompt: Any = None,
         due: float | None = None,
         fence: int | None = None,
+        claim: str = "",
     ) -> Moved:
         """The step is WAITING, for one of ``signal``, ``timer`` (with ``due``) and ``child``; it holds no worker.
 
@@ -176,7 +185,7 @@ class Driving(Connectable):
             require_number("park due", due, 0.0, 10 * _YEAR, unit="seconds")
         ms = 0 if due is None else max(1, round(due * 1000))
         told = dumps({"for": given[0], "name": name, "prompt": prompt, "due_in": due})
-        args = (index, series, _some(fence), given[0], name, ms, self._packed("prompt", prompt), told)
+        args = (index, series, _some(fence), given[0], name, ms, self._packed("prompt", prompt), told, claim)
         return await self._do("park", workflow_id, *args, step=index)
 
     async def fire(self, workflow_id: str, index: int, series: int) -> Moved:
@@ -292,7 +301,7 @@ class Driving(Connectable):
             )
         state = decode_state(workflow_id, record, context)
         done = [step.step_index for step in state.steps if step.state is StepState.COMPLETED and not step.role]
-        return state, sorted(done, key=lambda index: -int(record[f"q:{index}"].rsplit(b" ", 1)[1]))
+        return state, sorted(done, key=lambda index: -int(record[f"q:{index}"].split(b" ")[8]))
 
     async def _told_again(self, state: WorkflowState) -> Moved:
         if state.parent is None:
@@ -307,9 +316,9 @@ class Driving(Connectable):
         series = _series_of(child, f"{workflow_id}/{index}")
         record, context = await (await self._store()).read(child)
         state = decode_state(child, record, context)
+        where = (workflow_id, int(index), series, f"{state.task['of']}:0" if "of" in state.task else "")
         if state.status is TaskState.COMPLETED:
-            output = state.workflow_context.get("final_output")
-            moved = await self._end_of(workflow_id, int(index), series, StepState.COMPLETED, output, None)
+            moved = await self._end_of(where, StepState.COMPLETED, state.workflow_context.get("final_output"), None)
         else:
             problem = {
                 "type": "ChildWorkflow",
@@ -317,18 +326,19 @@ class Driving(Connectable):
                 "child": child,
                 "cause": state.error,
             }
-            moved = await self._end_of(workflow_id, int(index), series, StepState.FAILED, None, problem)
+            moved = await self._end_of(where, StepState.FAILED, None, problem)
         read_moved(child, await self._ask("told", child))
         return workflow_id, moved
 
     async def _end_of(
-        self, parent: str, index: int, series: int | None, state: StepState, result: Any, problem: Any
+        self, where: tuple[str, int, int | None, str], state: StepState, result: Any, problem: Any
     ) -> Moved:
+        claim = where[3]
         try:
-            return await self.finish(parent, index, series, state, result, problem)
+            return await self.finish(*where[:3], state, result, problem, claim=claim)
         except InvalidTaskError as error:  # what the child came to is more than its parent may record
             told = {"type": type(error).__name__, "message": str(error)[:2000]}
-            return await self.finish(parent, index, series, StepState.FAILED, None, told)
+            return await self.finish(*where[:3], StepState.FAILED, None, told, claim=claim)
         except WorkflowError as error:  # the parent is gone: nobody is left to be told
             return Moved(False, str(error), (), TaskState.CANCELLED, "", 0, 0)
 

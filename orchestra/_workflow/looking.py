@@ -11,6 +11,7 @@ from orchestra._workflow import record as rec
 from orchestra._workflow.answers import Progress, WorkflowEvent, WorkflowSummary, trouble
 from orchestra._workflow.driving import Driving
 from orchestra._workflow.states import FINISHED, WorkflowState
+from orchestra._workflow.unblocked import unblocked
 from orchestra.serialization import loads
 from orchestra.tasks import TaskState, check_ident, require_int
 
@@ -30,7 +31,7 @@ class Looking(Driving):
     async def load_workflow_state(self, task_id: str) -> WorkflowState | None:
         """The whole workflow, or None if there is none. One round trip, O(workflow)."""
         record, context = await (await self._store()).read(task_id)
-        return rec.decode_state(task_id, record, context) if record else None
+        return await unblocked(len(record) // 3, rec.decode_state, task_id, record, context) if record else None
 
     async def progress(self, workflow_id: str) -> Progress:
         """How far it is. One round trip, O(1)."""
@@ -118,6 +119,14 @@ class Looking(Driving):
         """Whether the workflow has ended, is about to, or is gone. One round trip."""
         (head,) = await (await self._store()).fields([workflow_id], ("phase",))
         return head.get("phase") not in (b"running", b"paused")
+
+    async def life(self, workflow_id: str) -> str:
+        """What the ids of its steps' tasks have in them, so that another workflow of this id has others. One round trip."""
+        (head,) = await (await self._store()).fields([workflow_id], ("task",))
+        try:
+            return str(loads(head["task"]).get("life", "")) if head else ""
+        except rec.BAD as error:
+            raise rec.damaged(f"the record of workflow {workflow_id}", error) from error
 
     async def _head(self, task_id: str) -> dict[str, bytes]:
         """The few fields that say where a workflow is, of one moment."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from orchestra._workflow.local import NOT_NOW, LocalAgents, describe
+from orchestra._workflow.making import checked_plan
 from orchestra._workflow.plan import validate_plan
 from orchestra.errors import CircuitOpenError, ConfigurationError
 from orchestra.tasks import BaseTask, check_ident
@@ -58,7 +59,7 @@ class Templates:
         if template is None:
             return None
         made = template(task) if callable(template) else template
-        return validate_plan(await made if inspect.isawaitable(made) else made)
+        return await checked_plan(await made if inspect.isawaitable(made) else made)
 
 
 class Planning:
@@ -97,7 +98,7 @@ class Planning:
         failed: dict[str, Exception] = {}
         for name in self.available(task.type):
             try:
-                plan = validate_plan(await self._ask(name, task), actions=self._actions())
+                plan = await checked_plan(await self._ask(name, task), actions=self._actions())
             except Exception as error:  # noqa: BLE001 - whatever a planner raises, the next in line answers
                 failed[name] = error
                 logger.warning("planner %r has no plan for task %s: %s", name, task.id, error)

@@ -2,17 +2,17 @@
 
 Pure functions; no I/O, no clock. The record (what repeats has its index or name behind the colon)::
 
-    format token created   "2"; of the call that made it; when, milliseconds
+    format token created   "3"; of the call that made it; when, milliseconds
     status phase driven    of the workflow; "1": workers carry it out, "0": by hand
     steps planned sinks    number of steps with those that grew; of the plan; those that nothing waits for
     plain                  "1": steps come one after the other and refer to no results
     left running undo children order current version      counters, see lua/workflow_move.lua
-    input task parent      the task's input; its id, type, priority, metadata; "<workflow> <index>" of a child
+    input task parent      the task's input; its id, type, priority, metadata, and lives; "<workflow> <index>" of a child
     error culprit ended    why it failed, by which step, when it ended
     p:                     a step as planned, never written again
     n:                     "<on_failure><linked><undo><grown> <parent> <waits> <id> <dependents>", never written again
     d:                     "<dependencies>|<other steps that its args refer to>", never written again
-    q:                     "<state> <attempt> <series> <fence> <unmet> <alive> <started> <finished> <order>";
+    q:                     "<state> <attempt> <series> <fence> <unmet> <alive> <started> <finished> <order> <copy>";
                            absent until something happens to the step
     r: e:                  its result, its error
     w: m:                  what it waits for, "<kind> <mode> <due> <name>", and the prompt of that
@@ -43,7 +43,7 @@ Encode: TypeAlias = Callable[[str, Any], bytes]
 """``encode(what, value)``: MessagePack within the size limit; errors name ``what`` it is."""
 Fields: TypeAlias = dict[str, bytes]
 
-FORMAT: Final = b"2"
+FORMAT: Final = b"3"
 COUNTS: Final = ("steps", "planned", "left", "running", "undo", "children", "order", "current", "version")
 BAD: Final = (KeyError, ValueError, TypeError, IndexError, AttributeError, CorruptEntryError)
 """What reading a damaged field may raise."""
@@ -61,6 +61,8 @@ LETTERS: Final[Mapping[str, StepState]] = {
 }
 PHASES: Final = frozenset([b"", b"running", b"paused", b"failing", b"cancelling", b"compensating"])
 ENDED: Final = frozenset("CFS")
+HELD: Final = b"H 0 1 0 0 0 0 0 0 0"
+"""``q:`` of a step that waits for nothing but the end of a pause."""
 _ROLES: Final = {"-": "", "i": "item", "c": "compensation"}
 
 
@@ -136,7 +138,7 @@ class Static:
 class Live:
     """What ``q:`` says of a step; raises ValueError when that is no such text."""
 
-    NUMBERS = ("attempt", "series", "fence", "unmet", "alive", "started", "finished", "order")
+    NUMBERS = ("attempt", "series", "fence", "unmet", "alive", "started", "finished", "order", "copy")
     __slots__ = ("state", *NUMBERS)
     attempt: int
     series: int
@@ -146,9 +148,10 @@ class Live:
     started: int
     finished: int
     order: int
+    copy: int
 
     def __init__(self, raw: bytes | None, waits: int) -> None:
-        text = raw.decode() if raw else f"P 0 1 0 {waits} 0 0 0 0"
+        text = raw.decode() if raw else f"P 0 1 0 {waits} 0 0 0 0 0"
         self.state, *numbers = text.split(" ")
         if self.state not in LETTERS:
             raise ValueError(f"no state of a step: {self.state!r}")

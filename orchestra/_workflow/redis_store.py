@@ -40,10 +40,16 @@ class RedisWorkflows:
         self._move = script("workflow_move")
 
     async def make(
-        self, task_id: str, token: str, ready: Sequence[int], record: Mapping[str, bytes], context: Mapping[str, bytes]
+        self,
+        task_id: str,
+        token: str,
+        ready: Sequence[int],
+        record: Mapping[str, bytes],
+        context: Mapping[str, bytes],
+        instead: bytes = b"",
     ) -> int:
         """See the protocol. O(fields), one round trip."""
-        args: list[Arg] = [task_id, token, GRACE_MS, len(ready), *ready]
+        args: list[Arg] = [task_id, token, GRACE_MS, instead, len(ready), *ready]
         for fields in (record, context):
             args.append(len(fields))
             for name, value in fields.items():

@@ -19,11 +19,12 @@ from orchestra._agents.services import Services, StepScope, serving
 from orchestra._backoff import Reconnect
 from orchestra._delivery import DONE, STEP, Again, Bury, Cancel, Complete
 from orchestra._execution import CANCELLED, RELEASED, Ended
-from orchestra._workflow.driver import OWN, PLAN, Driver
+from orchestra._workflow.driver import OWN, Driver
 from orchestra._workflow.local import NOT_NOW, LocalAgents, describe
+from orchestra._workflow.making import PLAN, TIMER
 from orchestra._workflow.plan import PlannedStep, ready_args
 from orchestra._workflow.planning import Planning, Templates, checked_planners
-from orchestra._workflow.upkeep import Upkeep, error_of
+from orchestra._workflow.upkeep import CANCELLED_STEP, Upkeep, end_of_cancelled, error_of, step_told
 from orchestra.agents import get_agent_registry
 from orchestra.errors import (
     ConfigurationError,
@@ -63,12 +64,13 @@ _OVER: Final = Ended(Outcome.COMPLETED, DONE)
 
 
 class Where(NamedTuple):
-    """Which step a task carries."""
+    """Which step a task carries; ``claim``: see :meth:`~orchestra.workflow.WorkflowEngine.begin`."""
 
     namespace: str
     workflow_id: str
     step: int
     series: int
+    claim: str
 
 
 class StepRunner:
@@ -151,8 +153,11 @@ class StepRunner:
         try:
             if self._open and not self._upkeep.running:
                 await self._upkeep.start()
+            if task.type != TIMER and self.queue.cancel_requested(delivery):  # once it runs, its slot is interrupted
+                await self._end(driver, where, end_of_cancelled(task.type), delivery, error=CANCELLED_STEP)
+                return CANCELLED
             if task.type in OWN:
-                return await self._own(driver, where, task)
+                return await self._own(driver, where, delivery, task)
             return await self._step(driver, where, execution, delivery, task, slot)
         except asyncio.CancelledError:
             if slot.why is None:
@@ -174,40 +179,41 @@ class StepRunner:
         if slot.why is not Outcome.CANCELLED:
             return RELEASED  # whoever gets it next finds out what was recorded
         try:
-            await self._end(driver, where, StepState.SKIPPED, delivery, error=_CANCELLED)
+            await self._end(driver, where, end_of_cancelled(delivery.header.type), delivery, error=CANCELLED_STEP)
         except (StoreError, WorkflowError) as error:
             logger.warning("step %d of workflow %s was cancelled: %s", where.step, where.workflow_id, error)
         return CANCELLED
 
-    async def _own(self, driver: Driver, where: Where, task: BaseTask) -> Ended:
+    async def _own(self, driver: Driver, where: Where, delivery: Delivery, task: BaseTask) -> Ended:
         if task.type == PLAN:
-            return await self._plan(driver, where, task)
+            return await self._plan(driver, where, delivery)
         moved = await driver.engine.fire(where.workflow_id, where.step, where.series)
         await self._send(driver, where, moved)
         return _OVER
 
-    async def _plan(self, driver: Driver, where: Where, asked: BaseTask) -> Ended:
-        told = asked.input
-        metadata = dict(told.get("metadata") or {})
-        task = BaseTask(where.workflow_id, told["type"], told.get("input"), asked.priority, metadata=metadata)
-        parent = told.get("parent")
+    async def _plan(self, driver: Driver, where: Where, delivery: Delivery) -> Ended:
+        engine, workflow_id = driver.engine, where.workflow_id
+        begun = await engine.begin(*where[1:4], delivery.fence, where.claim)
+        if begun.verdict != "go":  # it has its plan; what was not sent then is in the outbox
+            return _OVER
+        told = begun.task
+        task = BaseTask(workflow_id, told["type"], begun.known.input, told["priority"])
+        task.metadata = dict(told.get("metadata") or {})
         try:
-            if await driver.engine.load_workflow_state(task.id) is not None:
-                return _OVER  # planned before; what was not sent then is in the outbox
             planned = await self._planning.plan(task)
         except NOT_NOW as error:
-            wait = getattr(error, "retry_after", getattr(error, "after", AWAY))
-            return Ended(Outcome.THROTTLED, Again(max(0.05, min(float(wait), 3600.0)), "throttled"))
-        await driver.begin(task, planned, None if parent is None else (parent[0], parent[1]))
-        if parent is not None and await driver.engine.is_ending(parent[0]):  # it was cancelled before there was a child
-            await self._send(driver, where, await driver.engine.cancel(task.id, f"its parent {parent[0]} ended"))
+            wait = max(0.05, min(float(getattr(error, "retry_after", getattr(error, "after", AWAY))), 3600.0))
+            await engine.retrying(*where[1:4], None, wait, fence=delivery.fence, counted=False, claim=where.claim)
+            return Ended(Outcome.THROTTLED, Again(wait, "throttled"))
+        if not await driver.planned(workflow_id, planned):  # it ends, and waits for this; one with a plan has another life
+            return await self._end(driver, where, StepState.FAILED, delivery, error=CANCELLED_STEP)
         return _OVER
 
     async def _step(
         self, driver: Driver, where: Where, execution: Execution, delivery: Delivery, task: BaseTask, slot: Slot
     ) -> Ended:
-        _, workflow_id, index, series = where
-        begun = await driver.engine.begin(workflow_id, index, series, delivery.fence)
+        _, workflow_id, index, series, claim = where
+        begun = await driver.engine.begin(workflow_id, index, series, delivery.fence, claim)
         if begun.verdict != "go":
             if begun.ready:  # committed by a delivery that did not live to send them
                 await driver.send_ready(workflow_id, begun.ready, begun.task)
@@ -249,13 +255,15 @@ class StepRunner:
             await self._end(driver, where, StepState.FAILED, delivery, error=error)
             return Ended(ended.outcome, DONE)  # the record holds the failure: a dead letter would tell it twice
         if isinstance(verdict, Cancel):
-            await self._end(driver, where, StepState.SKIPPED, delivery, error=_CANCELLED)
+            await self._end(driver, where, StepState.SKIPPED, delivery, error=CANCELLED_STEP)
             return ended
         if verdict.counter != "released":
             counted = verdict.counter == "retried"
             told = {"message": verdict.error} if verdict.error else None
             moved = await _insist(
-                lambda: driver.engine.retrying(*where[1:], told, verdict.left(), fence=delivery.fence, counted=counted)
+                lambda: driver.engine.retrying(
+                    *where[1:4], told, verdict.left(), fence=delivery.fence, counted=counted, claim=where.claim
+                )
             )
             await self._send(driver, where, moved)
         return ended
@@ -270,12 +278,12 @@ class StepRunner:
         result: Any = None,
         error: dict[str, Any] | None = None,
     ) -> Ended:
-        finish, fence = driver.engine.finish, delivery.fence
+        finish, fence, claim = driver.engine.finish, delivery.fence, where.claim
         try:
-            moved = await _insist(lambda: finish(*where[1:], state, result, error, fence=fence))
+            moved = await _insist(lambda: finish(*where[1:4], state, result, error, fence=fence, claim=claim))
         except InvalidTaskError as refused:  # what the agent returned cannot be recorded
             told = describe(refused)
-            moved = await _insist(lambda: finish(*where[1:], StepState.FAILED, None, told, fence=fence))
+            moved = await _insist(lambda: finish(*where[1:4], StepState.FAILED, None, told, fence=fence, claim=claim))
         await self._send(driver, where, moved)
         return _OVER
 
@@ -283,7 +291,12 @@ class StepRunner:
         """The step waits for a signal, without a worker."""
         moved = await _insist(
             lambda: driver.engine.park(
-                *where[1:], signal=wish.name, prompt=wish.prompt, due=wish.timeout, fence=delivery.fence
+                *where[1:4],
+                signal=wish.name,
+                prompt=wish.prompt,
+                due=wish.timeout,
+                fence=delivery.fence,
+                claim=where.claim,
             )
         )
         await self._send(driver, where, moved)
@@ -364,11 +377,10 @@ def _waits_in_vain(begun: Begun, ended: Ended) -> dict[str, Any] | None:
 
 def _where(task: BaseTask) -> Where:
     """Which step ``task`` carries. Raises ConfigurationError when that cannot be told."""
-    told = task.metadata[STEP]
-    if not isinstance(told, list | tuple) or [type(part) for part in told] != [str, str, int, int]:
-        raise ConfigurationError(
-            f"metadata[{STEP!r}] must be [namespace, workflow id, index, series], got {told!r:.100}", field=STEP
-        )
+    told = step_told(task.metadata)
+    if told is None:
+        text = f"metadata[{STEP!r}] must be [namespace, workflow id, index, series, claim], got {task.metadata[STEP]!r:.100}"
+        raise ConfigurationError(text, field=STEP)
     check_ident("workflow id", told[1])
     return Where(*told)
 
@@ -380,9 +392,6 @@ def _memory_of(queue: BaseTaskQueue, namespace: str) -> MemoryManager:
     if isinstance(queue, InMemoryTaskQueue):
         return MemoryManager("memory:", namespace=namespace)
     return MemoryManager(namespace=namespace)
-
-
-_CANCELLED: Final = {"type": "TaskCancelledError", "message": "it was cancelled while it ran", "code": "task_cancelled"}
 
 
 def _corrupt(delivery: Delivery, task: BaseTask, error: Exception) -> Ended:

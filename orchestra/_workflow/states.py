@@ -87,7 +87,8 @@ class WorkflowStep:
 class WorkflowState:
     """A workflow as it was at ``version``, which counts its changes.
 
-    ``task`` holds ``id``, ``type``, ``input``, ``priority`` and ``metadata`` of the task it is for. ``steps`` has those
+    ``task`` holds ``id``, ``type``, ``input``, ``priority`` and ``metadata`` of the task it is for; of a driven one also
+    ``life``, which tells it from other workflows of its id, and of a child ``of``, the life of its parent. ``steps`` has those
     of the plan first, then those that grew. ``phase`` says more of a RUNNING one that is ``driven`` by workers: running,
     paused, failing, cancelling or compensating. ``parent`` is the workflow and the index of the step that it is a child
     of. ``token`` ties the object to what was read: :meth:`WorkflowEngine.save_workflow_state` refuses it once somebody

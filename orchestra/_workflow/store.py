@@ -26,9 +26,18 @@ class WorkflowStore(Protocol):
     """The records of one namespace; see the scripts ``workflow_*`` for what each call does. Raises StoreError."""
 
     async def make(
-        self, task_id: str, token: str, ready: Sequence[int], record: Mapping[str, bytes], context: Mapping[str, bytes]
+        self,
+        task_id: str,
+        token: str,
+        ready: Sequence[int],
+        record: Mapping[str, bytes],
+        context: Mapping[str, bytes],
+        instead: bytes = b"",
     ) -> int:
-        """When the record was made, milliseconds, by this call or an earlier one with this token; 0: by another."""
+        """When the record was made, milliseconds, by this call or an earlier one with this token; 0: by another.
+
+        ``instead``: of which record it takes the place, by what :func:`~orchestra._workflow.record.token_of` says.
+        """
 
     async def move(self, op: str, task_id: str, ttl_ms: int, largest: int, args: Sequence[Arg]) -> list[Any]:
         """What ``lua/workflow_move.lua`` answers."""

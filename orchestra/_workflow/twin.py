@@ -49,25 +49,42 @@ class LocalWorkflows:
             self._bell = None
 
     async def make(
-        self, task_id: str, token: str, ready: Sequence[int], record: Mapping[str, bytes], context: Mapping[str, bytes]
+        self,
+        task_id: str,
+        token: str,
+        ready: Sequence[int],
+        record: Mapping[str, bytes],
+        context: Mapping[str, bytes],
+        instead: bytes = b"",
     ) -> int:
         """See the protocol."""
         check_ident("task id", task_id)
         self._forget_expired()
         place, now = self.place, self._ms()
-        if task_id in place.records:
-            there = place.records[task_id]
-            return int(there["created"]) if there.get("token") == token.encode() else 0
-        place.records[task_id] = {**record, "token": token.encode(), "created": b"%d" % now}
-        place.contexts[task_id] = dict(context)
-        place.events.pop(task_id, None)
-        place.log(task_id, now, "workflow.started")
+        created, there = now, place.records.get(task_id, {})
+        if there.get("token") == token.encode():
+            return int(there["created"])
+        if there and token_of(there) != instead:
+            return 0
+        planned = there.get("status") == b"running"
+        said: dict[str, bytes] = {}
+        if planned:
+            created = int(there["created"])
+            said = {name: value for name, value in there.items() if name.startswith("b:")}
+        else:
+            place.contexts.pop(task_id, None)
+            place.events.pop(task_id, None)
+        place.records[task_id] = {**said, **record, "token": token.encode(), "created": b"%d" % created}
+        place.contexts.setdefault(task_id, {}).update(context)
+        place.expiry.pop(task_id, None)
+        place.outbox.pop(f"{task_id}|-1|1", None)
+        place.log(task_id, now, "workflow.planned" if planned else "workflow.started")
         for index in ready:
             place.log(task_id, now, "step.ready", index)
             place.outbox[f"{task_id}|{index}|1"] = now + GRACE_MS
-        place.index[task_id] = now
+        place.index[task_id] = created
         self._ring()
-        return now
+        return created
 
     async def move(self, op: str, task_id: str, ttl_ms: int, largest: int, args: Sequence[Any]) -> list[Any]:
         """See the protocol."""

@@ -222,7 +222,7 @@ class Move:
     def again(self, s: Step) -> None:
         self.leave(s)
         self.drops.add(self.member(s))
-        s.live.state, s.live.series, s.live.fence = "P", s.live.series + 1, 0
+        s.live.state, s.live.series, s.live.fence, s.live.copy = "P", s.live.series + 1, 0, 0
         self.touch(s)
         self.send(s)
 
@@ -442,11 +442,18 @@ class Move:
         words = self.get(f"x:{s.fixed.parent}").split() if s.fixed.grown == "i" else []
         return bool(words) and s.i >= int(words[2])
 
-    @staticmethod
-    def stale(s: Step, series: bytes, fence: bytes) -> bool:
-        return bool(series and int(series) != s.live.series) or bool(
-            fence and (int(fence) < s.live.fence or (s.state == "R" and int(fence) != s.live.fence))
-        )
+    def claimed(self, s: Step, n: int) -> tuple[bool, int]:
+        """Whether the claim in argument ``n`` is not that of step ``s``, and which sending it is of."""
+        life, _, copy = (self.arg(n) if n <= len(self.args) else b"").partition(b":")
+        if not copy:
+            return False, 0
+        other = s.live.copy > 0 and int(copy) not in (0, s.live.copy)
+        return other or not self.record["token"].startswith(life), int(copy)
+
+    def stale(self, s: Step, series: bytes, fence: bytes, claim: int = 99) -> bool:
+        if (series and int(series) != s.live.series) or self.claimed(s, claim)[0]:
+            return True
+        return bool(fence) and (int(fence) < s.live.fence or (s.state == "R" and int(fence) != s.live.fence))
 
     def known(self, s: Step) -> Answer:
         record = self.record

@@ -17,7 +17,8 @@ class Moves(Move):
     def op_begin(self) -> Answer:
         s, fence = self.load(self.num(1)), self.num(3)
         live = s.live
-        if self.num(2) != live.series:
+        foreign, copy = self.claimed(s, 4)
+        if self.num(2) != live.series or (foreign and s.state not in ENDED):
             return self.no("stale")
         if self.early(s):
             return self.no("early")
@@ -42,6 +43,7 @@ class Moves(Move):
             return self.no("held")
         self.n["running"] += s.state != "R"
         live.state, live.attempt, live.fence, live.started, live.finished = "R", live.attempt + 1, fence, self.now, 0
+        live.copy = copy
         self.touch(s)
         self.log("step.started", s.i)
         return self.answer(1, "go", self.known(s))
@@ -51,7 +53,7 @@ class Moves(Move):
 
     def op_finish(self) -> Answer:
         s, state = self.load(self.num(1)), LETTER[self.arg(4).decode()]
-        if self.stale(s, self.arg(2), self.arg(3)):
+        if self.stale(s, self.arg(2), self.arg(3), 7):
             return self.no("stale")
         if self.early(s):
             return self.no("early")
@@ -77,7 +79,7 @@ class Moves(Move):
 
     def op_retrying(self) -> Answer:
         s = self.load(self.num(1))
-        if self.stale(s, self.arg(2), self.arg(3)):
+        if self.stale(s, self.arg(2), self.arg(3), 6):
             return self.no("stale")
         if s.state != "R":
             return self.answer(int(s.state == "P"), "repeated" if s.state == "P" else "ended")
@@ -92,7 +94,7 @@ class Moves(Move):
 
     def op_park(self) -> Answer:
         s, kind, name, due = self.load(self.num(1)), self.arg(4).decode(), self.arg(5).decode(), self.num(6)
-        if self.stale(s, self.arg(2), self.arg(3)):
+        if self.stale(s, self.arg(2), self.arg(3), 9):
             return self.no("stale")
         if self.early(s):
             return self.no("early")

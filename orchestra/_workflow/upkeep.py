@@ -1,11 +1,11 @@
-"""What a worker does for workflows beside their steps: sends what was not sent, and follows the dead letters.
+"""What a worker does for workflows beside their steps: sends what was not sent, follows the dead letters and the cancelled.
 
-Two looks every few seconds. The outbox of each namespace names what is ready, due or undecided and has not begun: it is
+Three looks every few seconds. The outbox of each namespace names what is ready, due or undecided and has not begun: it is
 sent again under the same ids, so a repeat adds nothing. A dead letter that is a step (its process crashed too often, its
-bytes are damaged) failed without anybody to say so: that is recorded here. Every worker looks; all of it may be done
-twice. Owns the cursor in the dead letters, kept in Redis so that a new worker does not read them all.
+bytes are damaged) failed without anybody to say so: that is recorded here. The task of a step that somebody cancelled by
+its id, where it waited, ended that step: so is that. Every worker looks; all of it may be done twice. Owns the cursor in the dead letters, kept in Redis so that a new worker does not read them all.
 
-Idle cost: two commands a look, at most 0.4 a second. One event loop.
+Idle cost: three commands a look, at most 0.6 a second. One event loop.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from orchestra import telemetry
 from orchestra._delivery import STEP
 from orchestra._lifecycle import Service
-from orchestra._workflow.driving import _series_of
+from orchestra._workflow.making import PLAN, TIMER
 from orchestra.errors import OrchestraError, QueueFullError, StoreError
+from orchestra.serialization import decode_task
 from orchestra.tasks import DeadLetter, require_number
 from orchestra.workflow import StepState
 
@@ -33,6 +35,11 @@ logger = logging.getLogger("orchestra.workflow")
 
 BATCH: Final = 200
 """Overdue entries, or dead letters, that are dealt with in one go."""
+StepTold: TypeAlias = tuple[str, str, int, int, str]
+"""Namespace, workflow, index, series and claim of a step."""
+_CLAIM: Final = re.compile(r"([0-9a-f]*:[0-9]{1,10})?")
+"""A life and a copy, or nothing: whatever else a task says, no driver wrote it."""
+CANCELLED_STEP: Final = {"type": "TaskCancelledError", "message": "its task was cancelled", "code": "task_cancelled"}
 _random = random.Random()  # noqa: S311 - spreads load, guards nothing
 
 
@@ -62,7 +69,7 @@ class Upkeep(Service):
         while True:
             await asyncio.sleep(self._seconds * _random.uniform(1.0, 1.5))
             looks: list[Callable[[], Awaitable[Any]]] = [partial(sweep, driver) for driver in self._drivers.values()]
-            for look in (*looks, self._follow):  # a queue that is full for one keeps nobody else
+            for look in (*looks, self._follow, self._tell_cancelled):  # a queue that is full for one keeps nobody else
                 try:
                     await look()
                 except (StoreError, QueueFullError) as error:
@@ -91,27 +98,59 @@ class Upkeep(Service):
                 return
 
     async def _bury(self, letter: DeadLetter) -> None:
-        task = letter.task_data or {}
-        metadata = task.get("metadata")
-        told = metadata.get(STEP) if isinstance(metadata, Mapping) else None
-        if not isinstance(told, list) or list(map(type, told)) != [str, str, int, int]:
+        told = step_told((letter.task_data or {}).get("metadata"))
+        if told is None:
             return
-        namespace, workflow_id, index, series = told
-        if index < 0:  # the plan of a child: the step that waits for it is told, as there is no child to tell it
-            planned = task.get("input")
-            parent = planned.get("parent") if isinstance(planned, Mapping) else None
-            if not isinstance(parent, list) or list(map(type, parent)) != [str, int]:
-                return
-            workflow_id, index, series = *parent, _series_of(workflow_id, f"{parent[0]}/{parent[1]}")
-        error = error_of(letter.reason, letter.attempts, letter.error_info)
         try:
-            driver = self._driver_of(namespace)
-            moved = await driver.engine.finish(workflow_id, index, series, StepState.FAILED, None, error)
-            await driver.send(workflow_id, moved)
+            error = error_of(letter.reason, letter.attempts, letter.error_info)
+            await self._end(told, StepState.FAILED, error)
         except (StoreError, QueueFullError):
             raise
         except OrchestraError as refused:  # a workflow that is gone, or damaged
             logger.warning("dead letter %s is no step any more: %s", letter.message_id, refused)
+
+    # -- cancelled tasks
+
+    async def _tell_cancelled(self) -> None:
+        kept = self._queue.cancelled_steps
+        if kept is None or not self._drivers:
+            return
+        while found := await kept.steps(BATCH):
+            for _, frame in found:
+                await self._tell_one(frame)
+            await kept.forget_steps([name for name, _ in found])
+
+    async def _tell_one(self, frame: bytes) -> None:
+        """The step of a cancelled task has ended; a timer's is up to the outbox, which has it, too."""
+        try:
+            task = decode_task(frame)
+            told = step_told(task.get("metadata"))
+            if told is not None and task["type"] != TIMER:
+                await self._end(told, end_of_cancelled(task["type"]), CANCELLED_STEP)
+        except (StoreError, QueueFullError):
+            raise
+        except OrchestraError as refused:  # it was no step, or its workflow is gone or damaged
+            logger.warning("a cancelled task is no step any more: %s", refused)
+
+    async def _end(self, told: StepTold, state: StepState, error: dict[str, Any]) -> None:
+        """Record that a step ended of which no worker will tell, and send what that makes ready."""
+        namespace, workflow_id, index, series, claim = told
+        driver = self._driver_of(namespace)
+        moved = await driver.engine.finish(workflow_id, index, series, state, None, error, claim=claim)
+        await driver.send(workflow_id, moved)
+
+
+def step_told(metadata: Any) -> StepTold | None:
+    """What the metadata of a task says of the step that it carries; None: it says nothing that can be read."""
+    told = metadata.get(STEP) if isinstance(metadata, Mapping) else None
+    if not isinstance(told, list | tuple) or [type(part) for part in told] != [str, str, int, int, str]:
+        return None
+    return tuple(told) if _CLAIM.fullmatch(told[4]) else None
+
+
+def end_of_cancelled(task_type: str) -> StepState:
+    """How the step of a cancelled task ended: skipped, but a workflow without a plan cannot go on."""
+    return StepState.FAILED if task_type == PLAN else StepState.SKIPPED
 
 
 async def sweep(driver: Driver) -> int:

@@ -1,9 +1,9 @@
 #!lua flags=allow-oom
 -- Cancels one task: at once where it is found waiting, else by a mark that its holder looks up.
--- Invariant: only what nobody holds is removed, after its terminal record was written; a task in flight is ended by its
---            holder alone. A mark covers the entries of this id that exist now, none that is added in a later millisecond.
+-- Invariant: only what nobody holds is removed, after its terminal record was written and, of a workflow's step, its frame was
+--            kept for whoever tells the workflow; a task in flight is ended by its holder alone. A mark covers the entries of this id that exist now, none that is added in a later millisecond.
 -- KEYS: 1-4 lane streams | 5-8 streams before them | 9 delayed zset | 10 bodies hash | 11-12 dedup buckets | 13 counters
---       14 cancel marks zset | 15 result key
+--       14 cancel marks zset | 15 result key | 16 cancelled steps hash
 -- ARGV: 1 task id | 2 the id as it stands in a frame | 3 message id ("": as the dedup records say) | 4 group | 5 record
 --       6 time to live of the record ms | 7 time to live of a mark ms | 8 most marks
 -- Returns: {"cancelled", frame}: removed; {"ended", record}: it was terminal before, nothing changed;
@@ -16,18 +16,21 @@ now = now[1] * 1000 + math.floor(now[2] / 1000)
 redis.call('HLEN', KEYS[10])
 redis.call('HLEN', KEYS[13])
 redis.call('ZCARD', KEYS[14])
+redis.call('HLEN', KEYS[16])
 
-local function record()
+local function record(frame)
   redis.call('SET', KEYS[15], ARGV[5], 'PX', ARGV[6])
+  if string.find(frame, 'orchestra.step', 1, true) then redis.call('HSET', KEYS[16], ARGV[1], frame) end
 end
 
 local packed = redis.call('ZSCORE', KEYS[9], ARGV[1]) and redis.call('HGET', KEYS[10], ARGV[1])
 if packed then
-  record()
+  local frame = cmsgpack.unpack(packed)[5]
+  record(frame)
   redis.call('ZREM', KEYS[9], ARGV[1])
   redis.call('HDEL', KEYS[10], ARGV[1])
   redis.call('HINCRBY', KEYS[13], 'cancelled', 1)
-  return {'cancelled', cmsgpack.unpack(packed)[5]}
+  return {'cancelled', frame}
 end
 
 -- The frame of the entry, if there is one and it is of this task. The id stands behind the array's head and the version.
@@ -51,7 +54,7 @@ for i = 1, #places do
     if rows.err and not string.find(rows.err, 'NOGROUP', 1, true) then return rows end
     in_flight = rows[1] ~= nil -- without a group, nothing has been handed out
     if not in_flight then
-      record()
+      record(frame)
       redis.call('XDEL', stream, id)
       redis.call('HINCRBY', KEYS[13], 'cancelled', 1)
       return {'cancelled', frame}

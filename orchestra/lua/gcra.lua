@@ -5,8 +5,8 @@
 --     than it is full again, so an expired cell and a full one are the same thing. The line never decides: it only spreads the
 --     waits of those who come back. A repeated call (lost reply) consumes again: it errs towards refusing.
 -- KEYS: 1  hash, what was set at run time: name of a limit -> "version T burst rate period"
---       2… strings, one a cell: "TAT" or "TAT line back", microseconds of the Redis clock: theoretical arrival time, end of
---          the line of those who come back, last time permits were given back
+--       2… strings, one a cell: "TAT" or "TAT line back" or "TAT line back T", microseconds of the Redis clock: theoretical
+--          arrival time, end of the line of those who come back, last time permits were given back, T when that was written
 -- ARGV: 1  number of limits, whole, >= 1
 --       then 4 a limit: name; version of its setting as the caller knows it, 0 = none; T, emission interval of one permit,
 --          microseconds, whole, >= 1; burst tolerance, microseconds (burst permits * T), whole, >= T
@@ -80,8 +80,12 @@ for c = 1, cells do
   local stored = tonumber(text)
   lines[c], backs[c] = 0, 0
   if not stored then
-    local tat, line, back = string.match(text, '^(%d+) (%d+) (%d+)$')
-    stored, lines[c], backs[c] = tonumber(tat) or 0, tonumber(line) or 0, tonumber(back) or 0
+    local tat, line, back, pace = string.match(text, '^(%d+) (%d+) (%d+) ?(%d*)$')
+    stored, lines[c], backs[c], pace = tonumber(tat) or 0, tonumber(line) or 0, tonumber(back) or 0, tonumber(pace) or 0
+    if pace > emissions[of[c]] and lines[c] > now then -- the limit was raised: the line moves on faster
+      lines[c] = now + math.floor((lines[c] - now) * emissions[of[c]] / pace)
+      write[c] = true
+    end
   end
   -- Upper clamp: a Redis clock that went back, or a burst made smaller, locks nobody out for longer than one burst.
   local top = now + bursts[of[c]]
@@ -134,7 +138,7 @@ for c = 1, cells do
   local last = math.max(tats[c], line, back > 0 and back + BACK or 0)
   if write[c] and last > now then
     -- Never tostring(): Lua writes a double with 14 digits, microseconds since 1970 have 16.
-    local text = string.format(line + back > 0 and '%.0f %.0f %.0f' or '%.0f', tats[c], line, back)
+    local text = string.format(line + back > 0 and '%.0f %.0f %.0f %.0f' or '%.0f', tats[c], line, back, emissions[of[c]])
     redis.call('SET', KEYS[c + 1], text, 'PX', string.format('%.0f', math.ceil((last - now) / 1000) + 1))
   end
 end

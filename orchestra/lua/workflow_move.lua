@@ -15,7 +15,7 @@ local record, context, events, outbox = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local id, ttl, grace, largest = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-local FORMAT, NUMBER = '2', '%.0f'
+local FORMAT, NUMBER = '3', '%.0f'
 local ENDED = {C = true, F = true, S = true}
 local SAID = {C = 'step.completed', F = 'step.failed', S = 'step.skipped', B = 'step.failed'}
 local LETTER = {pending = 'P', running = 'R', completed = 'C', failed = 'F', skipped = 'S'}
@@ -75,11 +75,11 @@ local function step_at(i)
     string.match(f[1], '^([fsc])([l-])([u-])([ic-]) (%-?%d+) (%d+) (%S+)([ %d]*)$')
   if not s.policy then bad('n:' .. i) end
   s.linked, s.undo, s.parent = linked == 'l', undo == 'u', tonumber(parent)
-  local q = f[2] or ('P 0 1 0 ' .. waits .. ' 0 0 0 0')
-  local n = {string.match(q, '^(%u) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')}
+  local q = f[2] or ('P 0 1 0 ' .. waits .. ' 0 0 0 0 0')
+  local n = {string.match(q, '^(%u) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')}
   if not n[1] then bad('q:' .. i) end
   s.state = n[1]
-  for k, name in ipairs({'attempt', 'series', 'fence', 'unmet', 'alive', 'started', 'finished', 'order'}) do
+  for k, name in ipairs({'attempt', 'series', 'fence', 'unmet', 'alive', 'started', 'finished', 'order', 'copy'}) do
     s[name] = tonumber(n[k + 1])
   end
   steps[i] = s
@@ -87,8 +87,8 @@ local function step_at(i)
 end
 local function touch(s) dirty[s.i] = s end
 local function packed(s)
-  return string.format('%s %.0f %.0f %.0f %.0f %.0f %.0f %.0f %.0f', s.state, s.attempt, s.series, s.fence, s.unmet,
-    s.alive, s.started, s.finished, s.order)
+  return string.format('%s %.0f %.0f %.0f %.0f %.0f %.0f %.0f %.0f %.0f', s.state, s.attempt, s.series, s.fence, s.unmet,
+    s.alive, s.started, s.finished, s.order, s.copy)
 end
 
 local function send(s) -- it may run: into the outbox, unless the workflow holds or ends
@@ -138,7 +138,7 @@ end
 local function again(s) -- ready once more, under a new task id
   leave(s)
   drops[member(s)] = true
-  s.state, s.series, s.fence = 'P', s.series + 1, 0
+  s.state, s.series, s.fence, s.copy = 'P', s.series + 1, 0, 0
   touch(s)
   send(s)
 end
@@ -394,8 +394,14 @@ local function is_early(s) -- what it depends on has not ended, or its turn in a
   if s.unmet > 0 then return true end
   return s.grown == 'i' and s.i >= tonumber(string.match(get('x:' .. s.parent) or '', '^%d+ %d+ (%d+)') or 0)
 end
-local function is_stale(s, series, fence)
-  if series ~= '' and tonumber(series) ~= s.series then return true end
+local function is_foreign(s, claim) -- of an earlier life of the workflow, or of a second sending while the first one has it
+  local life, copy = string.match(claim or '', '^(%x*):(%d+)$')
+  if not life then return false, 0 end
+  copy = tonumber(copy)
+  return life ~= string.sub(h.token, 1, #life) or s.copy > 0 and copy > 0 and copy ~= s.copy, copy
+end
+local function is_stale(s, series, fence, claim)
+  if series ~= '' and tonumber(series) ~= s.series or is_foreign(s, claim) then return true end
   return fence ~= '' and (tonumber(fence) < s.fence or s.state == 'R' and tonumber(fence) ~= s.fence)
 end
 
@@ -406,10 +412,12 @@ if string.find(' begin look finish retrying park fire grow update fail_step ', '
   if not index or index < 0 or index >= h.steps or index % 1 > 0 then return no('index') end
 end
 
--- index, series, fence: a delivery of the step is about to run. More: what its agent call needs.
+-- index, series, fence, claim: a delivery of the step is about to run. More: what its agent call needs.
+-- A claim is "<life>:<copy>": the beginning of the record's token, and which sending of the step it was, 0: that does not matter.
 if op == 'begin' then
   local s, fence = step_at(num(1)), num(3)
-  if num(2) ~= s.series then return no('stale') end
+  local foreign, copy = is_foreign(s, arg(4))
+  if num(2) ~= s.series or foreign and not ENDED[s.state] then return no('stale') end
   if is_early(s) then return no('early') end
   if ENDED[s.state] or s.state == 'W' then
     if s.state == 'W' then unsent_items(s.i) else unsent_after(s) end
@@ -428,7 +436,7 @@ if op == 'begin' then
     return no('held')
   end
   if s.state ~= 'R' then h.running = h.running + 1 end
-  s.state, s.attempt, s.fence, s.started, s.finished = 'R', s.attempt + 1, fence, now, 0
+  s.state, s.attempt, s.fence, s.started, s.finished, s.copy = 'R', s.attempt + 1, fence, now, 0, copy
   touch(s)
   log('step.started', s.i)
   return answer(1, 'go', known(s))
@@ -439,10 +447,10 @@ if op == 'look' then
   return answer(1, '', known(step_at(num(1))))
 end
 
--- index, series or "", fence or "", completed|failed|skipped, result, error
+-- index, series or "", fence or "", completed|failed|skipped, result, error, claim
 if op == 'finish' then
   local s, state = step_at(num(1)), LETTER[arg(4)]
-  if is_stale(s, arg(2), arg(3)) then return no('stale') end
+  if is_stale(s, arg(2), arg(3), arg(7)) then return no('stale') end
   if is_early(s) then return no('early') end
   if ENDED[s.state] then
     if s.state ~= state and not (state == 'F' and s.state == 'S' and s.policy == 's') then return no('ended') end
@@ -462,10 +470,10 @@ if op == 'finish' then
   return answer(1, '')
 end
 
--- index, series, fence or "", 1: it counts as an attempt, event data: the queue brings the step back later
+-- index, series, fence or "", 1: it counts as an attempt, event data, claim: the queue brings the step back later
 if op == 'retrying' then
   local s = step_at(num(1))
-  if is_stale(s, arg(2), arg(3)) then return no('stale') end
+  if is_stale(s, arg(2), arg(3), arg(6)) then return no('stale') end
   if s.state ~= 'R' then return answer(s.state == 'P' and 1 or 0, s.state == 'P' and 'repeated' or 'ended') end
   leave(s)
   s.state = 'P'
@@ -474,10 +482,10 @@ if op == 'retrying' then
   return answer(1, '')
 end
 
--- index, series, fence or "", signal|timer|child, its name, ms until it is due or 0, prompt, event data
+-- index, series, fence or "", signal|timer|child, its name, ms until it is due or 0, prompt, event data, claim
 if op == 'park' then
   local s, kind, name, due = step_at(num(1)), arg(4), arg(5), num(6)
-  if is_stale(s, arg(2), arg(3)) then return no('stale') end
+  if is_stale(s, arg(2), arg(3), arg(9)) then return no('stale') end
   if is_early(s) then return no('early') end
   if ENDED[s.state] or s.state == 'W' then
     if s.state ~= 'W' then unsent_after(s) end
@@ -589,7 +597,8 @@ if op == 'grow' then
     put('n:' .. i, string.format('%s--i %d 0 %s', arg(at + 1), s.i, arg(at + 2)))
     if k < open then
       steps[i] = {i = i, policy = arg(at + 1), linked = false, undo = false, grown = 'i', parent = s.i, id = arg(at + 2),
-        next = '', state = 'P', attempt = 0, series = 1, fence = 0, unmet = 0, alive = 0, started = 0, finished = 0, order = 0}
+        next = '', state = 'P', attempt = 0, series = 1, fence = 0, unmet = 0, alive = 0, started = 0, finished = 0, order = 0,
+        copy = 0}
       send(steps[i])
     end
   end
@@ -621,7 +630,7 @@ if op == 'undo' then
   h.steps = i + n
   steps[i] = {i = i, policy = 'c', linked = false, undo = false, grown = 'c', parent = num(5), id = arg(4),
     next = n > 1 and ' ' .. i + 1 or '', state = 'P', attempt = 0, series = 1, fence = 0, unmet = 0, alive = 0, started = 0,
-    finished = 0, order = 0}
+    finished = 0, order = 0, copy = 0}
   send(steps[i])
   return answer(1, '')
 end

@@ -11,6 +11,7 @@ import pytest
 from orchestra._workflow.plan import compile_plan, item_step
 from orchestra.errors import WorkflowError
 from orchestra.memory import MemoryManager
+from orchestra.serialization import loads
 from orchestra.tasks import BaseTask
 from orchestra.workflow import StepState, WorkflowEngine, validate_plan
 
@@ -84,7 +85,7 @@ class Pair:
 def shown(value):
     """Without times, which are those of two clocks."""
     text = re.sub(r"(created_at|started_at|finished_at)=[0-9.]+", r"\1=T", repr(value))
-    return re.sub(r"'due': [0-9.]+", "'due': T", text)
+    return re.sub(r"'life': '[0-9a-f]+'", "'life': T", re.sub(r"'due': [0-9.]+", "'due': T", text))
 
 
 def timeless(record):
@@ -93,6 +94,8 @@ def timeless(record):
         text = value
         if name in ("created", "ended", "token", "saved", "last") or name.startswith("b:"):
             text = b"T"
+        elif name == "task":
+            text = loads(value) | {"life": "T"}
         elif name.startswith("q:"):
             words = value.split(b" ")
             words[6:8] = [b"T" if word != b"0" else word for word in words[6:8]]

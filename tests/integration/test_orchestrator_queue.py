@@ -81,7 +81,7 @@ async def test_a_planned_task_runs_through_the_queue(make, place):
     assert (state.status, state.driven) == (TaskState.COMPLETED, True)
     assert state.workflow_context == {"plan_source": "planner", "final_output": "told {'q': 1}"}
     _, fetch, think, tell = agents.seen
-    assert (fetch.id, fetch.type, fetch.input, fetch.attempt) == ("t1:0", "fetch", {"n": 1}, 1)
+    assert (fetch.id, fetch.type, fetch.input, fetch.attempt) == (f"t1:0:{state.task['life']}", "fetch", {"n": 1}, 1)
     assert think.input == {"q": 1}, "a step without args gets the task's input"
     assert tell.metadata["tenant"] == "acme"
     assert tell.metadata["workflow"] == {"task_id": "t1", "step_index": 2, "total": 3, "reasoning": ""}
@@ -373,7 +373,8 @@ async def test_an_agent_may_wait_for_a_signal(make):
     assert state.steps[0].waiting["prompt"] == "who?"
     await orchestrator.signal("t1", "name", "Ada")
     assert (await running).workflow_context["final_output"] == "hello Ada"
-    assert [task.id for task in agents.seen] == ["t1:0", "t1:0:2"]
+    life = state.task["life"]
+    assert [task.id for task in agents.seen] == [f"t1:0:{life}", f"t1:0:{life}.2"]
 
 
 async def test_an_agent_that_asks_again_for_the_signal_it_was_given_fails(make):
@@ -560,7 +561,7 @@ async def test_a_dead_letter_that_is_a_step_fails_it(make, place):
     await orchestrator.start({"id": "t1", **TASK}, [{"action": "work"}])
     (found,) = await queue.consume("somebody", 1, 2000)
     message_id, task = found
-    assert task["metadata"][STEP] == ["wf", "t1", 0, 1]
+    assert task["metadata"][STEP][:4] == ["wf", "t1", 0, 1]
     assert await queue.add_to_dlq(message_id, task, {"error": "it crashed", "reason": "crashed"})
     state = await make(Agents(work=1)).wait("t1", 20)
     assert (state.status, state.error["message"], states(state)) == (TaskState.FAILED, "it crashed", ["failed"])
@@ -571,7 +572,7 @@ async def test_a_second_delivery_of_a_committed_step_runs_nothing(make, place):
     agents = Agents(work=1)
     orchestrator = make(agents)
     await run(orchestrator, [{"action": "work"}])
-    await queue.produce({"type": "work", "metadata": {STEP: [memory.namespace, "t1", 0, 1]}})
+    await queue.produce({"type": "work", "metadata": {STEP: [memory.namespace, "t1", 0, 1, ":0"]}})
     async with Dispatcher(queue, agents=agents) as dispatcher:
         async with asyncio.timeout(10):
             while not dispatcher.outcomes[Outcome.COMPLETED]:
@@ -579,7 +580,9 @@ async def test_a_second_delivery_of_a_committed_step_runs_nothing(make, place):
     assert agents.runs()["work"] == 1
 
 
-@pytest.mark.parametrize("where", [["wf", "gone", 0, 1], ["wf", "t1", 7, 1], ["bad name", "t1", 0, 1], "nonsense"])
+@pytest.mark.parametrize(
+    "where", [["wf", "gone", 0, 1, ":0"], ["wf", "t1", 7, 1, ":0"], ["bad name", "t1", 0, 1, ":0"], "nonsense"]
+)
 async def test_a_task_that_names_no_step_runs_nothing(place, where):
     queue, _ = place
     agents = Agents(work=1)
@@ -679,7 +682,8 @@ async def test_a_workflow_may_be_planned_by_a_worker(place):
     runner = StepRunner(engine, queue, agents=agents, planner="plans", sweep=0.1)
     driver = Driver(engine, queue, planner="plans")
     name = await driver.start("report", {"q": 5}, metadata={"tenant": "acme"})
-    assert await engine.load_workflow_state(name) is None
+    state = await engine.load_workflow_state(name)
+    assert [(step.action, step.state) for step in state.steps] == [("orchestra.plan", StepState.PENDING)]
     async with Dispatcher(queue, agents=agents, workflows=runner):
         state = await engine.wait_end(name, 20)
     assert (state.workflow_context["final_output"], state.workflow_context["plan_source"]) == ({"q": 5}, "planner")

@@ -60,7 +60,7 @@ class Replicas:
 
 async def test_a_failing_replica_is_out_of_rotation_and_comes_back(queue, agents):
     """Three weighted replicas: the failing one gets no more than opens its breaker, the others stay exact, none is dead."""
-    config = CircuitBreakerConfig(failure_threshold=3, recovery_timeout=1.0, window=10.0)
+    config = CircuitBreakerConfig(failure_threshold=3, recovery_timeout=60.0, window=10.0)
     replicas = Replicas(queue, agents, {"a": 5, "b": 3, "c": 2}, config, retry=QUICK)
     breaker = replicas.of["b"].breaker
     assert breaker.name == "ask/b"
@@ -68,17 +68,14 @@ async def test_a_failing_replica_is_out_of_rotation_and_comes_back(queue, agents
         assert await replicas.send(40) == {"a": 20, "b": 12, "c": 8}
         replicas.failing.add("b")
         ran = await replicas.send(20)
-        opened = time.monotonic()
         assert ran["b"] == 3, "the window is three failures"
         assert breaker.state is CircuitState.OPEN
         # Out of rotation: weights are exact among the rest, at the latest one window after the change.
         await replicas.send(7)
-        rest = await replicas.send(70)
-        if breaker.state is CircuitState.OPEN:
-            assert rest == {"a": 50, "c": 20}
+        assert await replicas.send(70) == {"a": 50, "c": 20}
         replicas.failing.clear()
+        breaker.adopt(CircuitState.OPEN, 0.2, forced=False, fresh=True, era=breaker.era)  # its time is over soon
         await until(lambda: breaker.state is CircuitState.HALF_OPEN)
-        assert time.monotonic() - opened >= 0.9
         await replicas.send(20)
         assert breaker.state is CircuitState.CLOSED
         assert await replicas.send(40) == {"a": 20, "b": 12, "c": 8}
@@ -91,18 +88,26 @@ async def test_a_failing_replica_is_out_of_rotation_and_comes_back(queue, agents
 async def test_all_replicas_open_parks_tasks_uncharged(queue, agents):
     """Pain 23: the provider is down; what waits for it consumes no attempt, and goes on when it is back."""
     config = CircuitBreakerConfig(failure_threshold=2, recovery_timeout=0.3)
-    replicas = Replicas(queue, agents, {"a": 1, "b": 1}, config, retry=Retry(max_retries=4, base=0.01, max_delay=0.01))
+    replicas = Replicas(
+        queue, agents, {"a": 1, "b": 1}, config, retry=Retry(max_retries=500, base=0.01, max_delay=0.01)
+    )
     replicas.failing.update("ab")
+    began = time.monotonic()
+
+    def most():
+        """Runs that fail: two open each breaker, then one of each is a probe every 0.3 seconds, however slow the machine is."""
+        return 4 + 2 * (1 + (time.monotonic() - began) / 0.3)
+
     async with Dispatcher(queue, agents=agents, max_concurrent_dispatch=1) as dispatcher:
         await queue.produce_many([{"type": "ask"} for _ in range(50)])
         await until(lambda: dispatcher.outcomes[Outcome.THROTTLED] >= 50)
-        assert sum(replicas.ran.values()) <= 10, "but for probes nothing runs"
+        failed = sum(replicas.ran.values())
+        assert failed <= most(), "but for probes nothing runs"
         replicas.failing.clear()
         stats = await settled(queue)
     assert stats.dead == 0
     assert stats.counters["completed"] == 50
-    assert max(replicas.attempts) <= 5
-    assert replicas.attempts.count(1) >= 40
+    assert len(replicas.attempts) == 50 + failed, "what waited consumed no attempt"
 
 
 async def test_a_half_open_replica_gets_its_probes_only(queue, agents):

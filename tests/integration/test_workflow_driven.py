@@ -556,7 +556,7 @@ async def test_unknown_ones_are_named(engine):
     ):
         with pytest.raises(WorkflowError, match="steps 0 to 3"):
             await call()
-    with pytest.raises(ConfigurationError, match="at most 117"):
+    with pytest.raises(ConfigurationError, match="at most 106"):
         await make(engine, DIAMOND, name="x" * 118)
     with pytest.raises(WorkflowError, match="one of signal, timer and child"):
         await engine.park("w", 0, 1)

@@ -41,7 +41,7 @@ QUICK = Retry(max_retries=2, base=0.001, max_delay=0.002)
 
 
 def delivery(**metadata) -> Delivery:
-    task = {"id": "w:0", "type": "work", "metadata": {STEP: ["n", "w", 0, 1], **metadata}}
+    task = {"id": "w:0", "type": "work", "metadata": {STEP: ["n", "w", 0, 1, "1f:7"], **metadata}}
     return Delivery(2, b"1-1", (b"t", encode_task(task).frame), "consumer")
 
 
@@ -70,7 +70,13 @@ class Engine:
 
 def begun(verdict="go", **more) -> Begun:
     planned = {"action": "work", "args": {"n": 1}, **more.pop("planned", {})}
-    values = {"step": SimpleNamespace(id="s"), "planned": planned, "known": StepFacts(), "task": {}, "total": 1}
+    values = {
+        "step": SimpleNamespace(id="s"),
+        "planned": planned,
+        "known": StepFacts(),
+        "task": {"life": "1f"},
+        "total": 1,
+    }
     return Begun(
         **{"verdict": verdict, "ready": (), "phase": "running", "reads_all": False, "moved": QUIET, **values, **more}
     )
@@ -103,6 +109,7 @@ async def process(queue, slot, engine, ended, **options):
     return await runner.run(execution, given, given.task(), slot), execution
 
 
+FENCED = {"fence": 1, "claim": "1f:7"}
 COMPLETED = Ended(Outcome.COMPLETED, Complete("value"))
 
 
@@ -111,7 +118,7 @@ async def test_what_is_committed_is_fenced_and_settled_as_completed(queue, slot)
     ended, execution = await process(queue, slot, engine, COMPLETED)
     assert (ended.outcome, ended.verdict) == (Outcome.COMPLETED, DONE)
     (((*where, state, result, error), options),) = engine.named("finish")
-    assert (where, state, result, error, options) == (["w", 0, 1], StepState.COMPLETED, "value", None, {"fence": 1})
+    assert (where, state, result, error, options) == (["w", 0, 1], StepState.COMPLETED, "value", None, FENCED)
     assert execution.tasks[0].input == {"n": 1}
 
 
@@ -124,7 +131,7 @@ async def test_other_verdicts_than_go_run_nothing_and_send_what_was_not_sent(que
     assert await queue.get_queue_depth() == len(ready)
     if ready:
         (found,) = await queue.consume("c", 1, 0)
-        assert (found[1]["id"], found[1]["metadata"][STEP]) == ("w:1", ["n", "w", 1, 1])
+        assert (found[1]["id"], found[1]["metadata"][STEP][:4]) == ("w:1:1f", ["n", "w", 1, 1])
 
 
 async def test_redis_away_at_the_beginning_gives_the_step_back(queue, slot):
@@ -173,7 +180,7 @@ async def test_what_comes_back_is_recorded_as_pending(queue, slot, counter, coun
     engine = Engine(begin=begun())
     assert (await process(queue, slot, engine, again))[0] is again
     (((*where, error, delay), options),) = engine.named("retrying")
-    assert (where, error, delay, options) == (["w", 0, 1], {"message": "why"}, 0.5, {"fence": 1, "counted": counted})
+    assert (where, error, delay, options) == (["w", 0, 1], {"message": "why"}, 0.5, {**FENCED, "counted": counted})
 
 
 async def test_what_is_released_is_not_recorded(queue, slot):
@@ -194,7 +201,7 @@ async def test_an_agent_that_waits_is_parked(queue, slot):
     wish = Ended(Outcome.COMPLETED, Complete(WaitForSignal("go", prompt="?", timeout=5.0)))
     assert (await process(queue, slot, engine, wish))[0].verdict is DONE
     ((args, options),) = engine.named("park")
-    assert (args, options) == (("w", 0, 1), {"signal": "go", "prompt": "?", "due": 5.0, "fence": 1})
+    assert (args, options) == (("w", 0, 1), {"signal": "go", "prompt": "?", "due": 5.0, **FENCED})
 
 
 async def test_what_cannot_be_recorded_is_a_failure(queue, slot):

@@ -211,7 +211,7 @@ def _raw():
     task = {"id": "id", "type": "t", "input": None, "priority": 2, "metadata": {}}
     plan = validate_plan([{"action": "a"}, {"action": "b"}])
     fields, _, _ = rec.encode_new(WorkflowState("id", plan, [], task=task), encode)
-    return fields | {"token": b"t", "created": b"1", "q:0": b"W 1 1 5 0 0 1 0 0", "w:0": b"signal again 0 s"}
+    return fields | {"token": b"t", "created": b"1", "q:0": b"W 1 1 5 0 0 1 0 0 0", "w:0": b"signal again 0 s"}
 
 
 @pytest.mark.parametrize("name", sorted(_raw().keys() - {"q:0", "d:1", "sinks", "plain"}))
@@ -230,7 +230,7 @@ def test_a_damaged_field_is_a_typed_error(name, damage):
 
 
 def test_a_record_of_another_format_says_so():
-    with pytest.raises(CorruptEntryError, match="format b'1', this version reads b'2'"):
+    with pytest.raises(CorruptEntryError, match="format b'1', this version reads b'3'"):
         rec.decode_state("id", _raw() | {"format": b"1"}, {})
     assert "format b'1'" in str(trouble("id", "format 1"))
     assert isinstance(trouble("id", "unknown"), WorkflowError)
@@ -239,7 +239,7 @@ def test_a_record_of_another_format_says_so():
 @pytest.mark.parametrize("damage", [b"", b"fl-- x 1 id", b"zz-- -1 0 id", b"f-- -1 0 id", b"f--- -1 0", b"\xff"])
 def test_a_damaged_answer_is_a_typed_error(damage):
     good = [1, b"go", b"running", b"running", 1, 1, 2, 1, b"", [], [], b"", 0]
-    planned, live = encode("p", {"action": "a"}), b"R 1 1 1 0 0 0 0 0"
+    planned, live = encode("p", {"action": "a"}), b"R 1 1 1 0 0 0 0 0 0"
     more = [planned, b"f--- -1 0 id", live, b"\xc0", b"\x80", [], [], b"", b"0", 0]
     assert read_begun("w", [*good[:10], more, b"", 0]).step.id == "id"
     with pytest.raises(CorruptEntryError, match="left as it is"):
