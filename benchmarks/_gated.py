@@ -1,7 +1,8 @@
 """A worker process that waits for a line before it begins, so that several begin together: the other side of scaling.py.
 
 ``python -m benchmarks._gated '{"url": …}'``: says ``ready``, waits, drains until the queue is empty or ``window`` tasks are
-handled, prints one JSON line. Concurrency: one event loop.
+handled, prints one JSON line. With ``burst`` the window comes in backlogs of that many tasks; only the time from the first
+to the last task of each counts. Concurrency: one event loop.
 """
 
 from __future__ import annotations
@@ -38,18 +39,23 @@ async def queue_at(url: str) -> Any:
             await queue.close()
 
 
-async def serve(url: str, concurrency: int, window: int, sleep: float) -> dict[str, Any]:
+async def serve(url: str, concurrency: int, window: int, sleep: float, burst: int = 0) -> dict[str, Any]:
     """One dispatcher; see the module."""
-    handled = first = last = 0
+    handled = first = last = busy = 0
+    busy_cpu = began_cpu = 0.0
     enough = asyncio.Event()
 
     async def agent(task: BaseTask) -> None:
-        nonlocal handled, first, last
+        nonlocal handled, first, last, busy, busy_cpu, began_cpu
         first = first or time.monotonic_ns()
+        if burst and handled % burst == 0:
+            first, began_cpu = time.monotonic_ns(), time.process_time()
         if sleep:
             await asyncio.sleep(sleep)
         handled += 1
         last = time.monotonic_ns()
+        if burst and handled % burst == 0:
+            busy, busy_cpu = busy + last - first, busy_cpu + time.process_time() - began_cpu
         if handled == window:
             enough.set()
 
@@ -68,6 +74,8 @@ async def serve(url: str, concurrency: int, window: int, sleep: float) -> dict[s
                 while await queue.get_queue_depth():
                     await asyncio.sleep(POLL)
             cpu = time.process_time() - cpu
+            if burst:
+                first, last, cpu = 0, busy, busy_cpu
             report = {"handled": handled, "first": first, "last": last, "cpu_s": cpu}
             print(json.dumps({**report, "rss_mib": resident("self", "VmHWM")}), flush=True)
     return report
@@ -102,10 +110,20 @@ def gated(settings: Sequence[dict[str, Any]]) -> Iterator[list[subprocess.Popen[
 
 def reports(workers: Sequence[subprocess.Popen[bytes]]) -> list[dict[str, Any]]:
     """Open the gate, and what each worker reports."""
+    open_gates(workers)
+    return answers(workers)
+
+
+def open_gates(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Let the workers begin."""
     for worker in workers:
         assert worker.stdin is not None
         worker.stdin.write(b"\n")
         worker.stdin.flush()
+
+
+def answers(workers: Sequence[subprocess.Popen[bytes]]) -> list[dict[str, Any]]:
+    """What each worker reports when it has ended."""
     found = []
     for worker in workers:
         assert worker.stdout is not None

@@ -42,7 +42,7 @@ def task(number: int | None = None) -> dict[str, object]:
 
 def load_scripts(raw: Raw) -> None:
     """Make the scripts known by their hashes."""
-    for name in ("produce", "complete"):
+    for name in ("produce", "produce_one", "complete"):
         raw.ask("SCRIPT", "LOAD", script(name).text)
 
 
@@ -65,6 +65,13 @@ def produce_calls(count: int, *, ids: bool, batch: int = BATCH) -> list[bytes]:
     return calls
 
 
+def produce_one_calls(count: int) -> list[bytes]:
+    """EVALSHA of orchestra's script for a single task, with a generated id, ``count`` times."""
+    lua, keys = script("produce_one"), (LANE, *KEYS.tokens, KEYS.counters)
+    frames = (encode_task(task()).frame for _ in range(count))
+    return [lua.pack(keys, (TOKEN_WINDOW_MS, 2, "token", f"raw{next(_token):x}", frame)) for frame in frames]
+
+
 def rate_of_calls(raw: Raw, calls: Sequence[bytes], count: int, in_flight: int = IN_FLIGHT) -> float:
     """Tasks a second when ``calls`` are sent ``in_flight`` at once; every task is answered by one bulk string."""
     each = count // len(calls)
@@ -74,7 +81,7 @@ def rate_of_calls(raw: Raw, calls: Sequence[bytes], count: int, in_flight: int =
         while sent < len(calls) and sent * each - got < in_flight * each:
             raw.socket.sendall(calls[sent])
             sent += 1
-        answer = raw.socket.recv(1 << 20)
+        answer = raw.socket.recv(1 << 16)  # more would be mapped anew for every answer
         assert not answer.startswith(b"-"), answer[:200]
         got += answer.count(b"$")
     return count / (time.perf_counter() - began)

@@ -1,9 +1,9 @@
 """How cost grows: ``python -m benchmarks.scaling`` (``make bench-scaling``), tables in Markdown and JSON.
 
 Four tables: agents that run at once, the length of the backlog, the size of a body, and worker processes against one or
-several servers. Owns their axes and figures. Every row tells CPU time of worker and server for one task: with fewer cores
-than processes these carry over to other machines, and rates do not.
-Rounds take turns over all rows of a table; figures are medians.
+several servers; and what follows from them for other rates. Owns their axes and figures. Every row tells CPU time of worker
+and server for one task: with fewer cores than processes these carry over to other machines, and rates do not.
+Rounds take turns over all rows of a table; figures are medians. A run that would outlast ``--minutes`` begins no further round.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,12 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _raw
-from benchmarks._gated import gated, queue_at, reports
+from benchmarks._gated import answers, gated, open_gates, queue_at, reports
 from benchmarks._server import Server
 from benchmarks._table import machine
 
 FILL = 100_000
 """Tasks made and produced at a time."""
+BURSTS, BURST_SECONDS = 20, 60.0
+RATES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+BUSY = 0.7
+"""How much of a core the model lets a process use, so that queues in front of it stay short."""
 
 
 @dataclass(slots=True)
@@ -65,28 +72,29 @@ def task(size: int = 0) -> dict[str, object]:
     return {**found, "input": {"text": "x" * size}} if size else found
 
 
-async def _fill(url: str, count: int, size: int) -> float:
-    """Queue ``count`` tasks; seconds that producing took."""
-    took = 0.0
+async def _fill(url: str, count: int, size: int) -> tuple[float, float]:
+    """Queue ``count`` tasks; seconds that producing took, and of CPU."""
+    took = cpu = 0.0
     async with queue_at(url) as queue:
         await queue.produce_many([task(size)])
         left = count - 1
         while left:
             tasks = [task(size) for _ in range(min(left, FILL))]
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             await queue.produce_many(tasks)
-            took += time.perf_counter() - began
+            took, cpu = took + time.perf_counter() - began, cpu + time.process_time() - used
             left -= len(tasks)
-    return took
+    return took, cpu
 
 
 def fill(server: Server, count: int, size: int = 0) -> dict[str, float]:
     """Queue ``count`` tasks in an empty server: the rate and the memory."""
     server.flush()
     before, used = server.memory(), server.cpu_seconds()
-    took = asyncio.run(_fill(server.url, count, size))
+    took, cpu = asyncio.run(_fill(server.url, count, size))
     return {
         "enqueue /s": (count - 1) / took if took else 0.0,
+        "producer µs": cpu / count * 1e6,
         "server µs (enqueue)": (server.cpu_seconds() - used) / count * 1e6,
         "Redis B a task": (server.memory() - before) / count,
     }
@@ -131,8 +139,53 @@ def agents(server: Server, agents: int, tasks: int, sleeps: int) -> dict[str, fl
 
 
 def backlog(server: Server, backlog: int, window: int) -> dict[str, float]:
-    """The first ``window`` tasks of a long queue."""
-    return {**fill(server, backlog), **drain([server], 1, window=min(window, backlog))}
+    """The first ``window`` tasks of a long queue; of a short one as many backlogs as that, one after the other."""
+    if backlog < window:
+        return bursts(server, backlog, min(window // backlog, BURSTS))
+    return {**fill(server, backlog), **drain([server], 1, window=window)}
+
+
+def bursts(server: Server, backlog: int, count: int) -> dict[str, float]:
+    """``count`` backlogs, each queued while the worker is stopped: it is warm, and each is timed from first to last task.
+
+    A drain of 1,000 tasks from the start of a worker would tell how workers start.
+    """
+    filled = fill(server, backlog)
+    held = server.memory()
+    server.flush()
+    filled["Redis B a task"] = (held - server.memory()) / backlog  # of so few, what Lua left behind would be half
+    settings = {"url": server.url, "concurrency": 100, "window": backlog * count, "sleep": 0.0, "burst": backlog}
+    with gated([settings]) as (one,):
+        before = server.cpu_seconds()
+        enqueue_cpu = 0.0
+        open_gates([one])
+        for _ in range(count):
+            os.kill(one.pid, signal.SIGSTOP)
+            used = server.cpu_seconds()
+            try:
+                asyncio.run(_fill(server.url, backlog, 0))
+            finally:
+                os.kill(one.pid, signal.SIGCONT)
+            enqueue_cpu += server.cpu_seconds() - used
+            _wait_until_empty(server, one)
+        server_s = server.cpu_seconds() - before - enqueue_cpu
+        (found,) = answers([one])
+    handled = found["handled"]
+    return {
+        **filled,
+        "drain /s": handled * 1e9 / (found["last"] - found["first"]),
+        "worker µs": found["cpu_s"] / handled * 1e6,
+        "server µs": server_s / handled * 1e6,
+        "worker MiB": found["rss_mib"],
+    }
+
+
+def _wait_until_empty(server: Server, worker: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + BURST_SECONDS
+    while server.raw.ask("XLEN", _raw.LANE):
+        if worker.poll() is not None or time.monotonic() > end:
+            raise RuntimeError(f"a backlog was not drained within {BURST_SECONDS:g} s")
+        time.sleep(0.005)
 
 
 def bodies(server: Server, bytes: int, tasks: int) -> dict[str, float]:  # noqa: A002  the name of the axis
@@ -159,7 +212,7 @@ def workers(server: Server, servers: int, workers: int, tasks: int) -> dict[str,
 def _workers(most: int, tasks: int) -> list[dict[str, Any]]:
     return [
         {"servers": servers, "workers": count, "tasks": tasks}
-        for servers in (1, 2, 4)
+        for servers in (1, 2, 3, 4)
         for count in (1, 2, 4, 8)
         if servers <= count <= most
     ]
@@ -183,7 +236,7 @@ TABLES = (
     Table(
         "backlog",
         "Length of the backlog, of which the first tasks are drained",
-        [{"backlog": 10**n, "window": 100_000} for n in range(3, 8)],
+        [{"backlog": 10**n, "window": 200_000} for n in range(3, 8)],
         [{"backlog": 10**n, "window": 10_000} for n in range(3, 6)],
         backlog,
     ),
@@ -213,24 +266,79 @@ def markdown(table: Table, rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(table: Table, server: Server, rounds: int, *, quick: bool) -> list[Row]:
-    """All rows of a table, in turns; a row that fails says why and is not tried again."""
+def model(found: dict[str, list[Row]]) -> list[dict[str, float]]:
+    """What a rate costs, from CPU time a task: cores of producers and workers, partitions of Redis, its memory and traffic.
+
+    Taken from the row of the longest backlog of which figures are known; empty without one.
+    """
+    rows = [row for row in found.get("backlog", ()) if row.figures]
+    if not rows:
+        return []
+    cost = rows[-1].medians()
+    server = cost["server µs (enqueue)"] + cost["server µs"]
+    return [
+        {
+            "tasks/s": rate,
+            "producer cores": rate * cost["producer µs"] / 1e6 / BUSY,
+            "Redis partitions": math.ceil(rate * server / 1e6 / BUSY),
+            "worker processes": math.ceil(rate * cost["worker µs"] / 1e6 / BUSY),
+            "Redis MiB for a backlog of a minute": rate * 60 * cost["Redis B a task"] / 2**20,
+        }
+        for rate in RATES
+    ]
+
+
+def model_table(found: dict[str, list[Row]]) -> str:
+    """The model as Markdown."""
+    rows = model(found)
+    if not rows:
+        return ""
+    lines = ["### What a rate costs", "", "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(cell(name, value) for name, value in row.items()) + " |" for row in rows]
+    how = (
+        f"\nTasks/s times CPU time a task (longest backlog above), every process at {BUSY:.0%} of a core. Agents do nothing here: "
+        "their own CPU time comes on top of the workers'. Partitions share nothing, so that their number is the only thing "
+        "that grows; the table of workers and servers shows by how much CPU time a task grows with it on one machine."
+    )
+    return "\n".join(lines) + "\n" + how + "\n"
+
+
+def flatness(found: dict[str, list[Row]]) -> str:
+    """How far the drain rate of any backlog is from the median of all, in one line."""
+    rates = [row.medians()["drain /s"] for row in found.get("backlog", ()) if row.figures]
+    if not rates:
+        return ""
+    middle = statistics.median(rates)
+    return f"Drain rate over all lengths: {min(rates) / middle - 1:+.0%} to {max(rates) / middle - 1:+.0%} of their median.\n"
+
+
+def measure(table: Table, server: Server | None, rounds: int, *, quick: bool, end: float = math.inf) -> list[Row]:
+    """All rows of a table, in turns; a row that fails says why and is not tried again.
+
+    No further round begins when it would not be over at ``end`` (monotonic seconds).
+    """
     rows = [Row(axis) for axis in (table.quick if quick else table.full)]
+    began = time.monotonic()
     for number in range(rounds):
+        if number and began + (time.monotonic() - began) * (number + 1) / number > end:
+            break
         for row in rows:
-            if row.error:
-                continue
-            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {table.name} {row.axis} round {number + 1}/{rounds} …")
-            sys.stderr.flush()
-            try:
-                row.note(table.measure(server, **row.axis))
-            except (OSError, RuntimeError, AssertionError) as error:
-                row.error = f"{type(error).__name__}: {error}"
-                sys.stderr.write(f" {row.error}\n")
-                continue
-            last = {name: values[-1] for name, values in row.figures.items()}
-            sys.stderr.write(" " + ", ".join(f"{name} {cell(name, value)}" for name, value in last.items()) + "\n")
+            if not row.error:
+                _measure_row(table, row, server, f"round {number + 1}/{rounds}")
     return rows
+
+
+def _measure_row(table: Table, row: Row, server: Server | None, which: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {table.name} {row.axis} {which} …")
+    sys.stderr.flush()
+    try:
+        row.note(table.measure(server, **row.axis))
+    except (OSError, RuntimeError, AssertionError) as error:
+        row.error = f"{type(error).__name__}: {error}"
+        sys.stderr.write(f" {row.error}\n")
+        return
+    last = {name: values[-1] for name, values in row.figures.items()}
+    sys.stderr.write(" " + ", ".join(f"{name} {cell(name, value)}" for name, value in last.items()) + "\n")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -240,8 +348,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", type=lambda value: value.split(","), default=names, help=f"of {', '.join(names)}")
     parser.add_argument("--quick", action="store_true", help="one round of small sizes")
     parser.add_argument("--rounds", type=int, help="rounds of which the medians are shown: 3, or 1 with --quick")
-    parser.add_argument("--output", type=Path, default=Path("out/bench"), help="folder for scaling.json and scaling.md")
+    parser.add_argument(
+        "--minutes", type=float, help="begin no further round of a table that would not be over in its share"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder for scaling.json and .md: benchmarks/results, or out/bench for a part"
+    )
     options = parser.parse_args(arguments)
+    part = options.quick or set(options.only) != set(names)
+    options.output = options.output or (Path("out/bench") if part else Path(__file__).parent / "results")
     if unknown := set(options.only) - set(names):
         parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     options.rounds = options.rounds or (1 if options.quick else 3)
@@ -253,23 +368,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     server = Server()
     found: dict[str, list[Row]] = {}
+    wanted = [table for table in TABLES if table.name in options.only]
+    began = time.monotonic()
     try:
         about = f"{machine(f'redis-server {server.version} on unix')}, {os.cpu_count()} cores"
-        for table in TABLES:
-            if table.name in options.only:
-                found[table.name] = measure(table, server, options.rounds, quick=options.quick)
+        for number, table in enumerate(wanted, 1):
+            end = began + options.minutes * 60 * number / len(wanted) if options.minutes else math.inf
+            found[table.name] = measure(table, server, options.rounds, quick=options.quick, end=end)
     finally:
         server.stop()
-    command = "make bench-scaling" + (" ARGS='" + " ".join(sys.argv[1:]) + "'" if sys.argv[1:] else "")
-    head = f"{about}\n\n`{command}`: medians of {options.rounds} rounds.\n"
-    text = "\n".join([head, *(markdown(table, found[table.name]) for table in TABLES if table.name in found)])
+    write(options, about, found, (time.monotonic() - began) / 60)
+    return int(any(row.error for some in found.values() for row in some))
+
+
+def command_line(options: argparse.Namespace) -> str:
+    """What gives the same report on another machine: without the folders of this one."""
+    words = ["--quick"] if options.quick else []
+    words += [f"--rounds {options.rounds}"] if options.rounds != (1 if options.quick else 3) else []
+    words += [f"--minutes {options.minutes:g}"] if options.minutes else []
+    words += ["--only " + ",".join(options.only)] if set(options.only) != {table.name for table in TABLES} else []
+    return f'make bench-scaling ARGS="{" ".join(words)}"' if words else "make bench-scaling"
+
+
+def write(options: argparse.Namespace, about: str, found: dict[str, list[Row]], minutes: float) -> None:
+    """Both files, and the text on the terminal."""
+    command = command_line(options)
+    rounds = max((len(values) for some in found.values() for row in some for values in row.figures.values()), default=0)
+    head = f"{about}\n\n`{command}`: medians of up to {rounds} rounds, in {minutes:.1f} minutes.\n"
+    parts = [head]
+    for table in TABLES:
+        if table.name in found:
+            parts.append(markdown(table, found[table.name]))
+            parts += [flatness(found)] if table.name == "backlog" else []
+    text = "\n".join([*parts, model_table(found)]).rstrip() + "\n"
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "scaling.md").write_text(text)
     rows = {name: [{**row.axis, **row.medians(), "error": row.error} for row in some] for name, some in found.items()}
-    facts = {"machine": about, "command": command, "rounds": options.rounds, "quick": options.quick, "tables": rows}
+    facts = {
+        "machine": about,
+        "command": command,
+        "rounds": rounds,
+        "minutes": round(minutes, 1),
+        "quick": options.quick,
+    }
+    facts |= {"tables": rows, "model": model(found)}
     (options.output / "scaling.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     print(text)
-    return int(any(row.error for some in found.values() for row in some))
 
 
 if __name__ == "__main__":

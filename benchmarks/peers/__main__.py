@@ -1,7 +1,8 @@
 """``python -m benchmarks.peers`` (``make bench-peers``): every queue through every workload, in turns, on one server.
 
-Owns the order of the run, what a failure does (it is noted, the run goes on), and the files that are written after each
-turn. Refuses to own figures (:mod:`benchmarks.peers.drive`) and installations (:mod:`benchmarks.peers.environments`).
+Owns the order of the run, when it ends, and the files that are written after each turn. Refuses to own what a turn is
+(:mod:`benchmarks.peers.turn`), figures (:mod:`benchmarks.peers.drive`), installations (:mod:`benchmarks.peers.environments`) and what
+peers really do (:mod:`benchmarks.peers.verify`).
 """
 
 from __future__ import annotations
@@ -9,149 +10,31 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Never
 
-import hiredis
-
-from benchmarks import _raw
 from benchmarks._server import Server, awake_cores
 from benchmarks._table import machine
-from benchmarks.bench_latency import WARM, wake_times
 from benchmarks.peers import chart, report
 from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.peers.drive import Contender, WorkloadError
 from benchmarks.peers.environments import UnavailableError, prepare
+from benchmarks.peers.turn import FULL, QUICK, WORKLOADS, Sizes, say, turn
+from benchmarks.peers.verify import verify
 
-WORKLOADS = ("single", "bulk", "drain", "latency", "sleep")
-IDEAL = 10_000.0
-"""Tasks a second of 1,000 agents that sleep 0.1 s."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """How much of each workload one turn has; ``limit`` and ``turn`` are seconds."""
-
-    share: float
-    single: int
-    samples: int
-    sleeps: int
-    limit: float
-    turn: float
-
-
-FULL = Sizes(share=1.0, single=4_000, samples=500, sleeps=10_000, limit=20.0, turn=240.0)
-QUICK = Sizes(share=0.1, single=500, samples=100, sleeps=2_000, limit=5.0, turn=90.0)
-
-
-def percentiles(times: Sequence[float]) -> dict[str, float]:
-    """p50 and p99."""
-    ordered = sorted(times)
-    return {name: ordered[min(len(ordered) - 1, int(len(ordered) * q))] for name, q in (("p50", 0.5), ("p99", 0.99))}
-
-
-def raw_turn(server: Server, sizes: Sizes, wanted: Sequence[str]) -> dict[str, float]:
-    """What the server itself can do in the same minute."""
-    found: dict[str, float] = {}
-    count = int(50_000 * max(sizes.share, 0.2))
-    server.flush()
-    before = server.memory()
-    _raw.load_scripts(server.raw)
-    if "drain" in wanted:
-        found["drain"], found["server_us"] = _raw.drain(server, count)
-    if "bulk" in wanted:
-        server.flush()
-        found["bulk"] = _raw.xadd_rate(server.raw, count)
-        found["bytes"] = (server.memory() - before) / count
-    if "single" in wanted:
-        server.flush()
-        calls = _raw.produce_calls(sizes.single, ids=True, batch=1)
-        found["single"] = _raw.rate_of_calls(server.raw, calls, sizes.single, in_flight=1)
-    if "latency" in wanted:
-        found |= percentiles(wake_times(server, sizes.samples // 2 + WARM)[WARM:])
-    return found
-
-
-class Turn:
-    """One peer, once through the wanted workloads."""
-
-    def __init__(self, contender: Contender, sizes: Sizes, wanted: Sequence[str]) -> None:
-        self.contender, self.sizes, self.wanted = contender, sizes, wanted
-        self.found: dict[str, Any] = {"errors": {}}
-        self.end = time.monotonic() + sizes.turn
-
-    def run(self) -> dict[str, Any]:
-        """Figures by name, and ``errors`` by workload."""
-        for name in self.wanted:
-            if time.monotonic() > self.end:
-                self.found["errors"][name] = f"not run: the turn took longer than {self.sizes.turn:.0f} s"
-                continue
-            say(f" {name}")
-            try:
-                getattr(self, f"_{name}")()
-            except (WorkloadError, OSError, ValueError, KeyError, AssertionError, hiredis.HiredisError) as error:
-                self.found["errors"][name] = f"{error}".replace("\n", " ")[:400] or type(error).__name__
-                say("!")
-        return self.found
-
-    def _single(self) -> None:
-        self.found["single"], _ = self.contender.enqueue("single", self.sizes.single)
-
-    def _bulk(self) -> None:
-        self._fill()
-
-    def _fill(self) -> int:
-        """Queue the tasks of a drain; notes the rate and the memory."""
-        server = self.contender.server
-        server.flush()
-        before = server.memory()
-        rate, queued = self.contender.enqueue("bulk", max(1_000, int(self.contender.peer.tasks * self.sizes.share)))
-        self.found["bulk"] = max(rate, self.found.get("bulk", 0.0))
-        self.found["bytes"] = (server.memory() - before) / queued
-        return queued
-
-    def _drain(self) -> None:
-        drained = self.contender.drain("drain", self._fill())
-        self.found["drain"] = drained["rate"]
-        self.found |= {key: drained[key] for key in ("worker_mib", "server_us", "cut")}
-
-    def _latency(self) -> None:
-        self.found |= percentiles(self.contender.latency(self.sizes.samples))
-
-    def _sleep(self) -> None:
-        server = self.contender.server
-        server.flush()
-        _, queued = self.contender.enqueue("bulk", self.sizes.sleeps)
-        self.found["ideal"] = self.contender.drain("sleep", queued)["rate"] / IDEAL
-
-
-def turn(contender: Contender, sizes: Sizes, wanted: Sequence[str]) -> dict[str, Any]:
-    """One turn with its raw ceiling; whatever fails is in ``errors``."""
-    found = Turn(contender, sizes, wanted)
-    try:
-        found.found["raw"] = raw_turn(contender.server, sizes, wanted)
-    except (OSError, RuntimeError, ValueError, AssertionError, hiredis.HiredisError) as error:
-        found.found["errors"]["raw ceiling"] = f"{error}".replace("\n", " ")[-400:]
-    return found.run()
-
-
-def say(text: str) -> None:
-    """Show progress at once."""
-    sys.stderr.write(text)
-    sys.stderr.flush()
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "benchmarks" / "results"
 
 
 def row(peer: Peer) -> dict[str, Any]:
     """A row before anything is known."""
     facts = {"name": peer.name, "own": peer.own, "note": peer.note}
-    promises = {"acknowledges": peer.acknowledges, "deduplicates": peer.deduplicates}
-    return {**facts, **promises, "facts": None, "reason": None, "rounds": [], "figures": {}}
+    return {**facts, "facts": None, "observed": {}, "reason": None, "rounds": [], "figures": {}}
 
 
 def contenders(
@@ -173,18 +56,29 @@ def contenders(
         stack.callback(contender.close)
         found["facts"] = contender.facts
         able.append((found, contender))
-        say(f" {', '.join(f'{name} {number}' for name, number in contender.facts['versions'].items())}\n")
+        say(f" {', '.join(f'{name} {number}' for name, number in contender.facts['versions'].items())}")
+        if options.rounds:
+            found["observed"] = verify(contender)
+        say(f" {found['observed']}\n")
     return rows, able
 
 
-def write(result: dict[str, Any], folder: Path) -> None:
-    """The three files, as far as the run has come."""
+def write(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """The three files, as far as the run has come, without the names of this machine's folders."""
     for found in result["peers"]:
         found["figures"] = report.figures(found["rounds"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "peers.md").write_text(report.markdown(result))
-    (folder / "peers.svg").write_text(chart.svg(result))
+    here = {str(options.environments): ".venv-peers", f"{ROOT}/": "", sys.prefix: ".venv"}
+    here |= {tempfile.gettempdir(): "tmp", str(Path.home()): "~"}
+    files = {
+        "peers.json": json.dumps(result, indent=1, ensure_ascii=False) + "\n",
+        "peers.md": report.markdown(result),
+        "peers.svg": chart.svg(result),
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        for path, word in here.items():
+            text = text.replace(path, word)  # noqa: PLW2901  one after the other
+        (options.output / name).write_text(text, encoding="utf-8")
 
 
 def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
@@ -193,23 +87,47 @@ def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
     awake = ", cores kept awake" if options.spin else ""
     result: dict[str, Any] = {
         "machine": machine(f"redis-server {server.version} on tcp{awake}"),
-        "command": "python -m benchmarks.peers " + shlex.join(sys.argv[1:]) if sys.argv[1:] else "make bench-peers",
-        "rounds": options.rounds,
+        "command": command_line(options),
+        "rounds": 0,
         "quick": options.quick,
         "peers": [],
     }
     peers = [peer for peer in PEERS if not options.only or any(word in peer.name for word in options.only)]
     with contextlib.ExitStack() as stack:
         result["peers"], able = contenders(peers, server, options, sizes, stack)
-        stack.callback(write, result, options.output)
-        for number in range(options.rounds):
-            shift = number * 5 % max(1, len(able))  # nobody always runs behind the same neighbour
-            for found, contender in able[shift:] + able[:shift]:
-                say(f"{time.strftime('%H:%M:%S')} round {number + 1}/{options.rounds} {contender.peer.name}:")
-                found["rounds"].append(turn(contender, sizes, options.workload))
-                say(f"  {summary(found['rounds'][-1])}\n")
-                write(result, options.output)
+        if not options.prepare:
+            stack.callback(write, result, options)
+            rounds(result, able, options, sizes)
     return result
+
+
+def rounds(
+    result: dict[str, Any], able: Sequence[tuple[dict[str, Any], Contender]], options: argparse.Namespace, sizes: Sizes
+) -> None:
+    """Turns over all peers; a further round that would not be over in ``options.minutes`` is not begun."""
+    began = time.monotonic()
+    for number in range(options.rounds):
+        spent = time.monotonic() - began
+        if number and options.minutes and spent * (number + 1) / number > options.minutes * 60:
+            break
+        shift = number * 5 % max(1, len(able))  # nobody always runs behind the same neighbour
+        for found, contender in [*able[shift:], *able[:shift]]:
+            say(f"{time.strftime('%H:%M:%S')} round {number + 1}/{options.rounds} {contender.peer.name}:")
+            found["rounds"].append(turn(contender, sizes, options.workload))
+            say(f"  {summary(found['rounds'][-1])}\n")
+            write(result, options)
+        result["rounds"] = number + 1
+        result["minutes"] = round((time.monotonic() - began) / 60, 1)
+
+
+def command_line(options: argparse.Namespace) -> str:
+    """What gives the same report on another machine: without the folders of this one."""
+    words = [f"--{name}" for name in ("quick", "spin") if getattr(options, name)]
+    words += [f"--rounds {options.rounds}"] if options.rounds != 5 else []
+    words += [f"--minutes {options.minutes:g}"] if options.minutes else []
+    words += ["--only " + ",".join(options.only)] if options.only else []
+    words += ["--workload " + ",".join(options.workload)] if options.workload != list(WORKLOADS) else []
+    return f'make bench-peers ARGS="{" ".join(words)}"' if words else "make bench-peers"
 
 
 def summary(found: dict[str, Any]) -> str:
@@ -229,17 +147,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workload", type=_workloads, default=list(WORKLOADS), help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--quick", action="store_true", help="one round, a tenth of the tasks, short limits")
     parser.add_argument("--rounds", type=int, help="rounds of which the medians are shown: 5, or 1 with --quick")
+    parser.add_argument("--minutes", type=float, help="begin no further round that would not be over by then")
+    parser.add_argument("--prepare", action="store_true", help="make the environments and measure nothing")
     parser.add_argument("--spin", action="store_true", help="keep the cores from halting, as ORCHESTRA_BENCH_SPIN does")
     parser.add_argument("--fresh", action="store_true", help="make the environments again")
     parser.add_argument(
         "--environments", type=Path, default=Path(".venv-peers"), help="where the environments are kept"
     )
-    parser.add_argument("--output", type=Path, default=Path("out/bench"), help="folder for peers.json, .md and .svg")
+    parser.add_argument(
+        "--output", type=Path, help="folder for peers.json, .md and .svg: benchmarks/results, or out/bench for a part"
+    )
     options = parser.parse_args(arguments)
-    options.rounds = options.rounds or (1 if options.quick else 5)
+    part = options.quick or options.prepare or options.only or options.workload != list(WORKLOADS)
+    options.output = options.output or (Path("out/bench") if part else COMMITTED)
+    options.rounds = 0 if options.prepare else options.rounds or (1 if options.quick else 5)
     options.environments = options.environments.resolve()
-    if not 1 <= options.rounds <= 100:
+    if not 1 <= options.rounds <= 100 and not options.prepare:
         parser.error(f"--rounds must be 1 to 100, got {options.rounds}")
+    if options.minutes is not None and not 0 < options.minutes <= 1440:
+        parser.error(f"--minutes must be above 0 and at most 1440, got {options.minutes:g}")
     if options.only and not any(word in peer.name for peer in PEERS for word in options.only):
         parser.error(f"--only names none of {', '.join(peer.name for peer in PEERS)}")
     return options
@@ -261,7 +187,7 @@ def _stop(*_: object) -> Never:
 
 
 def main() -> int:
-    """0, or 1 when orchestra itself failed a workload: a peer's failure is a finding."""
+    """0, or 1 when orchestra itself failed a workload: a peer's failure is a finding. With ``--prepare``: 1 when one is missing."""
     options = parse()
     signal.signal(signal.SIGTERM, _stop)
     server = Server("tcp")
@@ -273,6 +199,8 @@ def main() -> int:
         return 130
     finally:
         server.stop()
+    if options.prepare:
+        return int(any(row["reason"] for row in result["peers"]))
     print(report.markdown(result))
     print(f"written: {options.output}/peers.json, peers.md, peers.svg")
     return int(any(found.get("errors") for r in result["peers"] if r["own"] for found in r["rounds"]))

@@ -44,10 +44,11 @@ class Contender:
 
     def __init__(self, peer: Peer, command: list[str], cwd: Path, server: Server, limit: float) -> None:
         self.peer, self.command, self.cwd, self.server, self.limit = peer, command, cwd, server, limit
+        self.weight: float | None = None
         self.home = Path(tempfile.mkdtemp(prefix="orc-peer-"))
         os.mkfifo(self.home / "pipe")
         try:
-            self.facts: dict[str, Any] = self._ask("facts", "facts")
+            self.facts: dict[str, Any] = self.ask("facts", "facts")
         except BaseException:
             self.close()
             raise
@@ -71,6 +72,7 @@ class Contender:
             "BENCH_WORKLOAD": workload,
             "BENCH_TASKS": str(tasks),
             "BENCH_PORT": str(self.server.port),
+            "BENCH_SERVER": str(self.server.process.pid),
             "BENCH_SETTINGS": json.dumps(self.settings(workload)),
             "BENCH_PROGRESS": str(self.home / "progress"),
             "BENCH_PIPE": str(self.home / "pipe"),
@@ -92,7 +94,7 @@ class Contender:
                 start_new_session=True,
             )
 
-    def _ask(self, role: str, workload: str, *arguments: object) -> Any:
+    def ask(self, role: str, workload: str, *arguments: object) -> Any:
         """The last line that a role prints, parsed."""
         process = self._start(role, workload, *arguments)
         try:
@@ -102,10 +104,10 @@ class Contender:
         finally:
             _end(process)
         if process.returncode:
-            raise WorkloadError(f"{role} ended with status {process.returncode}: {self._last_words()}")
+            raise WorkloadError(f"{role} ended with status {process.returncode}: {self.last_words()}")
         return json.loads(out.strip().splitlines()[-1])
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
         with contextlib.suppress(OSError):
             lines = (self.home / "stderr").read_text(errors="replace").strip().splitlines()
             return " / ".join(line.strip() for line in lines[-3:])[-400:] or "no words"
@@ -125,7 +127,7 @@ class Contender:
     def enqueue(self, mode: str, count: int) -> tuple[float, int]:
         """Tasks a second, and how many are queued in the end."""
         self.server.flush()
-        found = self._ask("enqueue", mode, mode, count)
+        found = self.ask("enqueue", mode, mode, count)
         return found["count"] / found["seconds"], found["count"] + 1
 
     def latency(self, samples: int) -> list[float]:
@@ -133,7 +135,7 @@ class Contender:
         self.server.flush()
         with self.worker("latency") as process:
             try:
-                return [nanoseconds / 1000 for nanoseconds in self._ask("latency", "latency", samples)]
+                return [nanoseconds / 1000 for nanoseconds in self.ask("latency", "latency", samples)]
             except WorkloadError as error:
                 if process.poll() is not None:
                     raise WorkloadError(f"the worker ended with status {process.returncode}") from error
@@ -187,7 +189,7 @@ class Watch:
     def run(self) -> dict[str, float]:
         """``rate`` (tasks/s from the first agent call), ``handled``, and ``cut`` (1 when the limit came first)."""
         if not self._until(lambda: self.contender.progress()[0] > 0, START_SECONDS):
-            raise WorkloadError(f"no task was handled within {START_SECONDS:.0f} s: {self.contender._last_words()}")
+            raise WorkloadError(f"no task was handled within {START_SECONDS:.0f} s: {self.contender.last_words()}")
         first = self.contender.progress()[1]
         left = self.contender.limit - (time.monotonic_ns() - first) / 1e9
         done = self._until(lambda: self.contender.progress()[0] >= self.queued, left)
@@ -209,7 +211,7 @@ class Watch:
                 return True
             if self.process.poll() is not None:
                 raise WorkloadError(
-                    f"the worker ended with status {self.process.returncode}: {self.contender._last_words()}"
+                    f"the worker ended with status {self.process.returncode}: {self.contender.last_words()}"
                 )
             time.sleep(POLL)
         return condition()

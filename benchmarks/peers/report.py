@@ -13,12 +13,22 @@ COLUMNS = (
     ("single", "one by one, tasks/s"),
     ("p50", "send → start p50, µs"),
     ("p99", "p99, µs"),
-    ("ideal", "10,000 × 0.1 s, of ideal"),
+    ("ideal", "agents of 0.1 s, of ideal"),
     ("bytes", "Redis bytes a task"),
     ("worker_mib", "worker, MiB"),
     ("server_us", "server CPU a task, µs"),
 )
+OBSERVED = (("kept", "kept until run"), ("deduplicates", "deduplicates"))
 LESS_IS_BETTER = frozenset(("p50", "p99", "bytes", "worker_mib", "server_us"))
+NOT_COMPARED = frozenset(("of_raw", "server_us", "worker_mib"))
+CONFIRMED = frozenset(("single", "bulk"))
+"""Workloads whose definition is that the queue confirms; observed by :mod:`benchmarks.peers.verify` under the same names."""
+NOTES = (
+    "\\* cut at the time limit and rated by what was handled until then. † the call returns before Redis has answered: not the "
+    "workload, and not compared. ‡ the payload was not found in Redis as it was sent. These marks, *kept until run* (the task "
+    "is still in Redis while its agent runs) and *deduplicates* (a second task of the same id was not queued) are observed, "
+    "in the configuration that was measured."
+)
 
 
 def median(rounds: Sequence[dict[str, Any]], key: str) -> float | None:
@@ -52,26 +62,41 @@ def text(key: str, value: float | None) -> str:
 
 
 def ranked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours first, then the fastest drain first, then those without one."""
-    return sorted(rows, key=lambda row: (not row["own"], -(row["figures"].get("drain") or 0.0), row["name"]))
+    """Ours first, as they were, then the fastest drain first, then those without one."""
+    ours = [row for row in rows if row["own"]]
+    peers = [row for row in rows if not row["own"]]
+    return ours + sorted(peers, key=lambda row: (-(row["figures"].get("drain") or 0.0), row["name"]))
+
+
+def compared(row: dict[str, Any], key: str) -> bool:
+    """Whether a figure of a peer is the workload that the column is about."""
+    if not row["figures"].get(key):
+        return False
+    if key == "bytes":
+        return bool(row["observed"].get("deduplicates"))
+    return key not in CONFIRMED or row["observed"].get(key) is not False
 
 
 def leads(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """How far the first row of ours is ahead of the best peer, one line a column."""
-    ours = next((row for row in rows if row["own"] and any(row["figures"].values())), None)
+    """How far each row of ours is ahead of the best peer, one line a column."""
     peers = [row for row in rows if not row["own"]]
     lines = []
     for key, title in COLUMNS:
-        among = [p for p in peers if p["figures"].get(key) and (key != "bytes" or p["deduplicates"])]
-        mine = ours["figures"].get(key) if ours else None
-        if key in ("of_raw", "server_us", "worker_mib") or not among or not mine:
+        among = [row for row in peers if compared(row, key)]
+        ours = [row for row in rows if row["own"] and row["figures"].get(key)]
+        if key in NOT_COMPARED or not among or not ours:
             continue
         less = key in LESS_IS_BETTER
         best = min(among, key=lambda row: row["figures"][key] * (1 if less else -1))
-        factor = best["figures"][key] / mine if less else mine / best["figures"][key]
+        factors = [_factor(row["figures"][key], best["figures"][key], less=less) for row in ours]
         who = "the best peer that deduplicates" if key == "bytes" else "the best peer"
-        lines.append(f"- {title}: {factor:.1f} × {who} ({best['name']}, {text(key, best['figures'][key])})")
+        shown = ", ".join(f"{row['name']} {factor:.1f} ×" for row, factor in zip(ours, factors, strict=True))
+        lines.append(f"- {title}: {shown} {who} ({best['name']}, {text(key, best['figures'][key])})")
     return lines
+
+
+def _factor(mine: float, theirs: float, *, less: bool) -> float:
+    return theirs / mine if less else mine / theirs
 
 
 def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -79,6 +104,8 @@ def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = [f"- {row['name']}: not run: {row['reason']}" for row in rows if row["reason"]]
     for row in rows:
         seen = {(name, why) for found in row["rounds"] for name, why in found.get("errors", {}).items()}
+        if why := row["observed"].get("why"):
+            seen.add(("observation", why))
         lines += [f"- {row['name']}, {name}: {why}" for name, why in sorted(seen)]
     return lines
 
@@ -86,7 +113,7 @@ def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
 def markdown(result: dict[str, Any]) -> str:
     """The whole report."""
     rows = ranked(result["peers"])
-    head = ["queue", "version", *(title for _, title in COLUMNS), "kept until run", "deduplicates", "note"]
+    head = ["queue", "version", *(title for _, title in COLUMNS + OBSERVED), "note"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     raw = raw_figures(rows)
     lines.append(
@@ -95,12 +122,7 @@ def markdown(result: dict[str, Any]) -> str:
     for row in rows:
         if row["reason"] is None:
             lines.append("| " + " | ".join(_cells(row)) + " |")
-    sections = [
-        _head(result),
-        "\n".join(lines),
-        "\\* cut at the time limit and rated by what was handled until then.",
-        "orchestra (first row) compared:\n\n" + "\n".join(leads(rows)),
-    ]
+    sections = [_head(result), "\n".join(lines), NOTES, "orchestra compared:\n\n" + "\n".join(leads(rows))]
     if found := problems(rows):
         sections.append("What did not run:\n\n" + "\n".join(found))
     sections.append("Versions and settings:\n\n" + "\n".join(_facts(row) for row in rows if row["facts"]))
@@ -108,17 +130,23 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _head(result: dict[str, Any]) -> str:
-    how = f"`{result['command']}`: medians of {result['rounds']} round{'s' * (result['rounds'] != 1)}, in turns"
+    took = f" in {result['minutes']:g} minutes" if result.get("minutes") else ""
+    how = f"`{result['command']}`: medians of {result['rounds']} round{'s' * (result['rounds'] != 1)}{took}, in turns"
     return f"{result['machine']}\n\n{how}, over TCP on the loopback; one worker process each."
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    cells = [text(key, row["figures"].get(key)) for key, _ in COLUMNS]
+    seen = row["observed"]
+    cells = {key: text(key, row["figures"].get(key)) for key, _ in COLUMNS}
+    for key in CONFIRMED:
+        cells[key] += " †" if seen.get(key) is False and row["figures"].get(key) else ""
     if row["figures"].get("cut"):
-        cells[0] += " \\*"
+        cells["drain"] += " \\*"
+    if seen.get("carries") is False:
+        cells["bytes"] += " ‡"
     version = next(iter((row["facts"] or {}).get("versions", {}).values()), "")
-    yes = {True: "yes", False: "no"}
-    return [row["name"], version, *cells, yes[row["acknowledges"]], yes[row["deduplicates"]], row["note"]]
+    words = {True: "yes", False: "no", None: "?"}
+    return [row["name"], version, *cells.values(), *(words[seen.get(key)] for key, _ in OBSERVED), row["note"]]
 
 
 def _facts(row: dict[str, Any]) -> str:

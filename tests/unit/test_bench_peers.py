@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
 import textwrap
+import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -15,28 +19,34 @@ import pytest
 from benchmarks import _beside
 from benchmarks._server import Server
 from benchmarks.peers import __main__ as command
-from benchmarks.peers import chart, drive, environments, report
+from benchmarks.peers import chart, drive, environments, report, verify
+from benchmarks.peers import turn as turns
 from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.peers.drive import Contender, WorkloadError
 
 ROOT = Path(__file__).parents[2]
-FAKE = Peer(name="fake", program="with_fake", acknowledges=False, deduplicates=False, own=True)
-SIZES = replace(command.QUICK, single=20, samples=5, sleeps=50, limit=20.0)
+FAKE = Peer(name="fake", program="with_fake", tasks=1_000, sleeps=50, own=True)
+SIZES = replace(command.QUICK, single=20, samples=5, limit=20.0)
 PROGRAM = """
-import contextlib, os, sys, time
+import contextlib, os, sys, time, zlib
+from concurrent.futures import ThreadPoolExecutor
 import redis
 import shared
 
 PACKAGES, UVLOOP, BACKLOG = ["redis"], False, [["LLEN", "fake"]]
 SETTINGS = {"chunk": 100, "sleep": {"wide": True}}
 MODE = os.environ["FAKE_MODE"]
-client = redis.Redis(port=shared.PORT)
+client, later = redis.Redis(port=shared.PORT), ThreadPoolExecutor(1)
 
 
 @contextlib.contextmanager
 def producer():
     def send(item):
-        client.rpush("fake" if MODE != "elsewhere" else "other", item["id"])
+        text = zlib.compress(str(item).encode()) if MODE == "wraps" else item["id"] if MODE == "lies" else str(item)
+        if MODE == "careful" and not client.sadd("known", item["id"]):
+            return
+        key = "other" if MODE == "elsewhere" else "fake"
+        later.submit(client.rpush, key, text) if MODE == "hurries" else client.rpush(key, text)
 
     def send_many(items):
         if MODE == "refuses":
@@ -53,8 +63,10 @@ def worker():
     if MODE == "idles":
         time.sleep(600)
     while True:
-        if client.blpop("fake", 1):
-            {"latency": shared.plain_agent}.get(shared.WORKLOAD, lambda _: shared.PROGRESS.end())(None)
+        keeps = MODE == "careful" and client.lindex("fake", 0)
+        if keeps or client.blpop("fake", 1):
+            act = shared.plain_agent if shared.WORKLOAD in ("latency", "hold") else lambda _: shared.PROGRESS.end()
+            act(None)
 """
 
 
@@ -84,7 +96,7 @@ def fake(server, tmp_path, monkeypatch):
 
 
 def turn(contender, *workloads):
-    return command.Turn(contender, SIZES, workloads).run()
+    return turns.Turn(contender, SIZES, workloads).run()
 
 
 def test_every_workload_of_a_program_that_works(fake):
@@ -134,9 +146,42 @@ def test_backlog_check_that_sees_nothing_is_no_empty_queue(fake):
 
 
 def test_turn_ends_when_its_time_is_over(fake):
-    found = command.Turn(fake("works"), replace(SIZES, turn=-1.0), ["single", "drain"]).run()
+    found = turns.Turn(fake("works"), replace(SIZES, turn=-1.0), ["single", "drain"]).run()
     assert all(text.startswith("not run: the turn took longer") for text in found["errors"].values())
     assert set(found["errors"]) == {"single", "drain"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("works", {"single": True, "bulk": True, "carries": True, "deduplicates": False, "kept": False}),
+        ("careful", {"single": True, "bulk": True, "carries": True, "deduplicates": True, "kept": True}),
+        ("wraps", {"single": True, "bulk": True, "carries": True, "deduplicates": False, "kept": False}),
+        ("lies", {"single": True, "bulk": True, "carries": False, "deduplicates": None, "kept": False}),
+        ("hurries", {"single": False, "bulk": False, "carries": True, "deduplicates": False, "kept": False}),
+    ],
+)
+def test_what_a_queue_really_does_is_observed(fake, server, mode, expected):
+    assert verify.verify(fake(mode)) == expected
+    assert server.raw.ask("PING") == b"PONG", "the server goes on"
+
+
+def test_observation_that_fails_is_told(fake, server):
+    found = verify.verify(fake("crashes"))
+    assert found["kept"] is None
+    assert "no agent has begun: the worker cannot start" in found["why"]
+    assert found["single"] is True, "what could be observed stays"
+    assert server.raw.ask("DBSIZE") == 0
+
+
+def test_payload_is_found_in_whatever_wraps_it(server):
+    numbers = ",".join(str(byte) for byte in b"x" * 60 + verify.MARK)
+    server.flush()
+    server.raw.ask("SET", "json", f'{{"payload":[{numbers}]}}')
+    server.raw.ask("LPUSH", "base64", b'{"body": "' + base64.b64encode(b"x" * 31 + verify.MARK + b"y") + b'"}')
+    server.raw.ask("XADD", "stream", "*", "zlib", zlib.compress(verify.MARK * 2))
+    server.raw.ask("ZADD", "plain", 1, verify.MARK)
+    assert verify.bodies(server) == 5
 
 
 def test_no_process_survives_its_step(fake):
@@ -177,8 +222,9 @@ def test_every_peer_has_a_program():
     assert programs == {peer.program for peer in PEERS}
 
 
-def row(name, own=False, reason=None, rounds=(), **more):
-    found = {**command.row(replace(FAKE, name=name, own=own)), "reason": reason, "rounds": list(rounds), **more}
+def row(name, own=False, reason=None, rounds=(), **observed):
+    found = {**command.row(replace(FAKE, name=name, own=own)), "reason": reason, "rounds": list(rounds)}
+    found["observed"] = observed
     found["figures"] = report.figures(found["rounds"])
     found["facts"] = (
         None if reason else {"versions": {name: "1.0"}, "runtime": "Python", "uvloop": False, "settings": {}}
@@ -219,16 +265,51 @@ def test_report_has_medians_ratios_and_every_failure(result):
 
 def test_report_compares_bytes_with_peers_that_deduplicate(result):
     leads = "\n".join(report.leads(report.ranked(result["peers"])))
-    assert "no-op drain, tasks/s: 10.0 × the best peer (slow & small, 50)" in leads
-    assert "Redis bytes a task: 2.0 × the best peer that deduplicates (careful, 600)" in leads
-    assert "send → start p50, µs: 4.0 ×" in leads
+    assert "no-op drain, tasks/s: orchestra 10.0 × the best peer (slow & small, 50)" in leads
+    assert "Redis bytes a task: orchestra 2.0 × the best peer that deduplicates (careful, 600)" in leads
+    assert "send → start p50, µs: orchestra 4.0 ×" in leads
+
+
+def test_figure_that_was_not_confirmed_is_shown_and_not_compared(result):
+    bulk = [{"raw": {"drain": 1.0}, "bulk": value, "errors": {}} for value in (9_000.0,)]
+    result["peers"] += [
+        row("hasty", rounds=bulk, bulk=False),
+        row("honest", rounds=[{**bulk[0], "bulk": 25.0}], bulk=True),
+    ]
+    text = report.markdown(result)
+    assert "| 9,000 † |" in next(line for line in text.splitlines() if line.startswith("| hasty "))
+    assert "- bulk enqueue, tasks/s: orchestra 2.0 × the best peer (honest, 25)" in text
+    assert "9,000 †" in chart.svg(result)
 
 
 def test_chart_is_xml_with_a_bar_for_each_queue(result):
     tree = ET.fromstring(chart.svg(result))
     bars = [node.get("class") for node in tree.iter("{http://www.w3.org/2000/svg}rect")]
-    assert bars == ["o", "p", "p", "o", "o", "p", "p"], "drain of three, bulk of ours alone, latency of three"
+    assert bars == ["c", "o", "p", "p", "o", "o", "p", "p"], "drain of three, bulk of ours alone, latency of three"
     assert "slow & small" in [node.text for node in tree.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_rounds_end_in_time_and_files_name_no_folder_of_this_machine(tmp_path, monkeypatch):
+    words = ["--rounds", "4", "--minutes", "0.0001", "--only", "orchestra", "--output", str(tmp_path)]
+    options = command.parse([*words, "--environments", str(tmp_path / "envs")])
+    failed = {"errors": {"drain": f"File {command.ROOT}/orchestra/x.py, {tmp_path}/envs/bin/python"}}
+    monkeypatch.setattr(command, "turn", lambda *_: time.sleep(0.01) or failed)
+    found = row("orchestra", own=True)
+    result = {"machine": "m", "command": command.command_line(options), "rounds": 0, "quick": False, "peers": [found]}
+    command.rounds(result, [(found, SimpleNamespace(peer=FAKE))], options, SIZES)
+    assert (result["rounds"], len(found["rounds"])) == (1, 1), "the second would end after 6 ms"
+    text = (tmp_path / "peers.json").read_text() + (tmp_path / "peers.md").read_text()
+    assert str(tmp_path) not in text
+    assert str(command.ROOT) not in text
+    assert 'make bench-peers ARGS=\\"--rounds 4 --minutes 0.0001 --only orchestra\\"' in text
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [([], "results"), (["--rounds", "3"], "results"), (["--quick"], "bench"), (["--only", "ardiq"], "bench")],
+)
+def test_only_a_whole_run_replaces_what_is_committed(words, folder):
+    assert command.parse(words).output.name == folder
 
 
 def test_missing_library_is_shown(monkeypatch):
@@ -249,7 +330,8 @@ def test_missing_library_is_shown(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--workload", "dance"], ["--only", "nobody"], ["--rounds", "0"], ["--rounds", "101"]]
+    "arguments",
+    [["--workload", "dance"], ["--only", "nobody"], ["--rounds", "0"], ["--rounds", "101"], ["--minutes", "0"]],
 )
 def test_bad_arguments_are_refused(arguments, capsys):
     if arguments == ["--rounds", "0"]:
@@ -274,7 +356,7 @@ def test_our_own_programs_run(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "peers.json").read_text())
-    assert [r["name"] for r in found["peers"]] == ["orchestra", "orchestra (App)"]
+    assert [r["name"] for r in found["peers"]] == ["orchestra", "orchestra (generated ids)", "orchestra (App)"]
     for one in found["peers"]:
         assert one["rounds"][0]["errors"] == {}
         assert all(one["figures"][key] for key in ("drain", "of_raw", "bulk", "bytes"))

@@ -23,6 +23,7 @@ import mmap
 import os
 import select
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -37,6 +38,9 @@ SETTINGS = json.loads(os.environ.get("BENCH_SETTINGS", "{}"))
 LIMIT = float(os.environ.get("BENCH_LIMIT", "20"))
 ENTRY = struct.Struct("<qqq")
 SLEEP, GAP, WARM, PATIENCE = 0.1, 0.005, 20, 20.0
+PROBES, PROBE_BULK, HOLD_SECONDS = 3, 100, 60
+STOPPED = "kill -STOP {0}; echo stopped; sleep 0.3; echo goes on; kill -CONT {0}"
+"""``goes on`` is said before the server can answer: a call that returns earlier has not waited for it."""
 
 
 def payload(number):
@@ -94,6 +98,11 @@ async def _tell(payload):
     os.write(PIPE, struct.pack("<q", time.monotonic_ns()))
 
 
+async def _hold(payload):
+    os.write(PIPE, struct.pack("<q", time.monotonic_ns()))
+    await asyncio.sleep(HOLD_SECONDS)
+
+
 def _plain_noop(payload):
     PROGRESS.end()
 
@@ -108,8 +117,13 @@ def _plain_tell(payload):
     os.write(PIPE, struct.pack("<q", time.monotonic_ns()))
 
 
-agent = {"sleep": _sleep, "latency": _tell}.get(WORKLOAD, _noop)
-plain_agent = {"sleep": _plain_sleep, "latency": _plain_tell}.get(WORKLOAD, _plain_noop)
+def _plain_hold(payload):
+    os.write(PIPE, struct.pack("<q", time.monotonic_ns()))
+    time.sleep(HOLD_SECONDS)
+
+
+agent = {"sleep": _sleep, "latency": _tell, "hold": _hold}.get(WORKLOAD, _noop)
+plain_agent = {"sleep": _plain_sleep, "latency": _plain_tell, "hold": _plain_hold}.get(WORKLOAD, _plain_noop)
 
 
 def each(send):
@@ -203,6 +217,64 @@ def _latency_plain(producer, count):
     return times[WARM:]
 
 
+class _StoppedServer:
+    """The server while it is stopped for a moment; ``waited()``: whether it has gone on meanwhile."""
+
+    def __enter__(self):
+        command = STOPPED.format(int(os.environ["BENCH_SERVER"]))
+        self.shell = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE)
+        self.shell.stdout.readline()
+        time.sleep(0.02)
+        return self
+
+    def waited(self):
+        return bool(select.select([self.shell.stdout], [], [], 0)[0])
+
+    def __exit__(self, *_):
+        self.shell.wait()
+        self.shell.stdout.close()
+
+
+def _probes():
+    """What a probe sends, and the calls that meet a stopped server: ``PROBES`` single ones, then as many bulk ones."""
+    firsts = [2 + number for number in range(PROBES)]
+    parts = [[payload(2 + PROBES + number * PROBE_BULK + n) for n in range(PROBE_BULK)] for number in range(PROBES)]
+    return [payload(number) for number in firsts], parts
+
+
+async def _probe(producer):
+    """Task 0, task 1 twice, then calls that meet a stopped server. A call that returns first does not confirm."""
+    singles, parts = _probes()
+    found = {"single": True, "bulk": True}
+    async with producer() as (send, send_many):
+        for number in (0, 1, 1):
+            await _maybe(send(payload(number)))
+        for kind, call, items in [
+            *(("single", send, one) for one in singles),
+            *(("bulk", send_many, p) for p in parts),
+        ]:
+            with _StoppedServer() as server:
+                await _maybe(call(items))
+                found[kind] &= server.waited()
+    return {**found, "sent": 2 + PROBES * (1 + PROBE_BULK)}
+
+
+def _probe_plain(producer):
+    singles, parts = _probes()
+    found = {"single": True, "bulk": True}
+    with producer() as (send, send_many):
+        for number in (0, 1, 1):
+            send(payload(number))
+        for kind, call, items in [
+            *(("single", send, one) for one in singles),
+            *(("bulk", send_many, p) for p in parts),
+        ]:
+            with _StoppedServer() as server:
+                call(items)
+                found[kind] &= server.waited()
+    return {**found, "sent": 2 + PROBES * (1 + PROBE_BULK)}
+
+
 def _version(name):
     try:
         return version(name)
@@ -234,13 +306,13 @@ def main(name, role, *arguments):
         program.worker()
         return
     is_async = hasattr(program.producer(), "__aenter__")
-    if role == "enqueue":
-        found = _enqueue(program.producer, arguments[0], int(arguments[1])) if is_async else None
-        report = asyncio.run(found) if is_async else _enqueue_plain(program.producer, arguments[0], int(arguments[1]))
-    else:
-        found = _latency(program.producer, int(arguments[0])) if is_async else None
-        report = asyncio.run(found) if is_async else _latency_plain(program.producer, int(arguments[0]))
-    print(json.dumps(report))
+    play, plain = {
+        "enqueue": (_enqueue, _enqueue_plain),
+        "latency": (_latency, _latency_plain),
+        "probe": (_probe, _probe_plain),
+    }[role]
+    words = [int(word) if word.isdigit() else word for word in arguments]
+    print(json.dumps(asyncio.run(play(program.producer, *words)) if is_async else plain(program.producer, *words)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""ardiQ (a core in Rust): results dropped, prefetch of two batches, enqueue_many of 1,000."""
+"""ardiQ (a core in Rust): results dropped, own ids (deduplicated), prefetch of two batches, enqueue_many of 1,000."""
 
 import asyncio
 import contextlib
@@ -27,10 +27,13 @@ async def task(payload: dict):
 
 @contextlib.asynccontextmanager
 async def producer():
-    async def send_many(items):
-        await app.enqueue_many([task.prepare(item) for item in items])
+    async def send(item):
+        await task.options(task_id=item["id"]).enqueue(item)
 
-    yield task.enqueue, send_many
+    async def send_many(items):
+        await app.enqueue_many([task.options(task_id=item["id"]).prepare(item) for item in items])
+
+    yield send, send_many
 
 
 def worker():

@@ -1,4 +1,4 @@
-"""arq: results off, a short poll (0.5 s by default), large reads. It has no bulk call."""
+"""arq: own ids (deduplicated), results off, a short poll (0.5 s by default), large reads. It has no bulk call."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ async def producer():
     pool = await create_pool(ADDRESS)
 
     async def send(item):
-        await pool.enqueue_job("task", item)
+        await pool.enqueue_job("task", item, _job_id=item["id"])
 
     yield send, shared.all_at_once(send)
     await pool.aclose()

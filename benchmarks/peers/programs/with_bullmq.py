@@ -1,4 +1,4 @@
-"""bullmq for Python: addBulk, finished jobs removed."""
+"""bullmq for Python: own ids (deduplicated), addBulk, finished jobs removed."""
 
 import asyncio
 import contextlib
@@ -19,10 +19,12 @@ async def producer():
     queue = Queue("bench", {"connection": shared.WIDE_URL})
 
     async def send(item):
-        await queue.add("task", item, OPTIONS)
+        await queue.add("task", item, {**OPTIONS, "jobId": item["id"]})
 
     async def send_many(items):
-        await queue.addBulk([{"name": "task", "data": item, "opts": OPTIONS} for item in items])
+        await queue.addBulk(
+            [{"name": "task", "data": item, "opts": {**OPTIONS, "jobId": item["id"]}} for item in items]
+        )
 
     yield send, send_many
     await queue.close()

@@ -1,4 +1,4 @@
-"""pydocket: no results kept (execution_ttl 0), a short check interval, add_many."""
+"""pydocket: own ids (deduplicated), no results kept (execution_ttl 0), a short check interval, add_many."""
 
 import asyncio
 import contextlib
@@ -28,10 +28,10 @@ async def producer():
         docket.register(task)
 
         async def send(item):
-            await docket.add(task)(item)
+            await docket.add(task, key=item["id"])(item)
 
         async def send_many(items):
-            await docket.add_many([docket.call(task)(item) for item in items])
+            await docket.add_many([docket.call(task, key=item["id"])(item) for item in items])
 
         yield send, send_many
 

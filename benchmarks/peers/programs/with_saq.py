@@ -1,4 +1,4 @@
-"""saq: orjson, jobs removed when done, no timeout. It has no bulk call."""
+"""saq: own ids (deduplicated), orjson, jobs removed when done, no timeout. It has no bulk call."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ async def producer():
     logging.disable(logging.CRITICAL)
 
     async def send(item):
-        await queue.enqueue("task", payload=item, **JOB)
+        await queue.enqueue("task", payload=item, key=item["id"], **JOB)
 
     yield send, shared.all_at_once(send)
     await queue.disconnect()

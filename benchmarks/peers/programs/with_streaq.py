@@ -1,4 +1,4 @@
-"""streaq: no results (ttl 0), silent, a large prefetch, enqueue_many."""
+"""streaq: own ids (deduplicated), no results (ttl 0), silent, a large prefetch, enqueue_many."""
 
 import contextlib
 import logging
@@ -22,11 +22,16 @@ task = streaq.task(name="task", ttl=0, silent=True)(shared.agent)
 
 @contextlib.asynccontextmanager
 async def producer():
+    def named(item):
+        made = task.enqueue(item)
+        made.id = item["id"]
+        return made
+
     async def send(item):
-        await task.enqueue(item)
+        await named(item)
 
     async def send_many(items):
-        await streaq.enqueue_many([task.enqueue(item) for item in items])
+        await streaq.enqueue_many([named(item) for item in items])
 
     async with streaq:
         yield send, send_many
