@@ -109,7 +109,7 @@ types: .venv-wheel/made  ## mypy --strict and stubtest, against the installed wh
 	@cd .venv-wheel && bin/python -P -m mypy.stubtest --mypy-config-file ../pyproject.toml \
 	  --allowlist ../.ci/stubtest.allow --ignore-unused-allowlist $(COMPILED)
 
-COMPILED = orchestra._ext.heap orchestra._ext.gcra orchestra._ext.wrr orchestra._ext.codec orchestra._ext.step
+COMPILED = orchestra._ext.heap orchestra._ext.gcra orchestra._ext.wrr orchestra._ext.codec orchestra._ext.step orchestra._ext.wire
 
 package: .venv-wheel/made  ## sdist, wheel from it, and the tests of both in an environment of its own
 	@echo "== the wheel, installed"

@@ -16,7 +16,7 @@ import sys
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-MODULES = ("heap", "gcra", "wrr", "codec", "step")
+MODULES = ("heap", "gcra", "wrr", "codec", "step", "wire")
 
 
 def switch(name: str) -> bool:

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any, Final, Generic, TypeAlias, TypeVar, final, overload
 
+_T = TypeVar("_T")
 _R = TypeVar("_R", bound=tuple[Any, ...])
 _Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -92,8 +93,26 @@ class TaskCodec(Generic[_R]):
         reply: str | None = None,
         flags: int = 0,
     ) -> _R: ...
+    def encode_many(
+        self,
+        tasks: list[Any],
+        ids: IdMaker,
+        now: float,
+        max_bytes: int = 1048576,
+        reply: str | None = None,
+        flags: int = 0,
+    ) -> list[_R]: ...
     def decode_body(self, frame: bytes, header: TaskHeader) -> dict[str, Any]: ...
     def decode(self, frame: bytes) -> dict[str, Any]: ...
+
+@final
+class TaskMaker(Generic[_T]):
+    def __new__(cls, codec: TaskCodec[Any], kind: type[_T]) -> TaskMaker[_T]: ...
+    @property
+    def codec(self) -> TaskCodec[Any]: ...
+    @property
+    def kind(self) -> type[_T]: ...
+    def make(self, frame: bytes, header: TaskHeader | None, attempt: int, fence: int) -> tuple[TaskHeader, _T]: ...
 
 @final
 class IdMaker:

@@ -1,3 +1,4 @@
+# cython: freethreading_compatible=True
 # Owner: orchestra/serialization.py. Oracle: tests/reference/codec.py.
 """MessagePack for values, and the frame of a task. Owns bytes and their checks; no clock, no randomness, no numpy.
 
@@ -7,8 +8,13 @@ A frame is two MessagePack values, one after the other, so that any streaming un
 * body: a map with every other key of the task (``input``, ``metadata``, whatever else), as given.
 
 Depth counts containers around a value: a scalar is at depth 0, and the value of a task's key starts anew at 0.
-Concurrency: every function is atomic under the GIL except while a hook runs; hooks may mutate what is being encoded,
-which is noticed and refused. The only state shared between calls are two bounded caches of decoded strings.
+Concurrency: any thread may call anything. Every function is atomic under the GIL except while a hook runs; hooks may
+mutate what is being encoded, which is noticed and refused. Without a GIL other threads may do so at any time: each entry
+is then taken out of its container under that container's own lock, so what is encoded is alive, and what was added or
+removed meanwhile is refused or left out; the keys of a task are sorted under one lock. (Buffers are read as they are: a
+bytearray that another thread fills gives the bytes of several moments.) ``TaskCodec``, ``TaskMaker``, ``Ext`` and
+``TaskHeader`` never change. The only state shared between calls are two bounded caches of decoded strings, whose slots
+are skipped while another thread is at them, and the counter of an ``IdMaker``, which has a mutex.
 Sources: the MessagePack specification (spec.md, 2.0); Hacker's Delight 6-1 for the test of eight bytes at once.
 """
 
@@ -43,6 +49,7 @@ cdef class Ext:
         self.head = head
 
 
+include "threads.pxi"
 include "codec_capi.pxi"
 include "codec_pack.pxi"
 include "codec_unpack.pxi"
@@ -102,6 +109,9 @@ cdef bytes _as_bytes(object data):
     raise TypeError(f"MessagePack data must be bytes, bytearray or memoryview, got {type(data).__name__}")
 
 
+cdef class IdMaker
+
+
 @cython.final
 @cython.auto_pickle(False)
 cdef class TaskCodec:
@@ -145,12 +155,33 @@ cdef class TaskCodec:
         f.body = f.few
         try:
             gather(<PyObject*>task, &f)
-            return self.frame(&f, task, task_id, max_bytes, reply, flags)
+            return self.frame(&f, task, task_id, max_bytes, reply, flags, None, 0.0)
         finally:
             fields_free(&f)
 
+    def encode_many(self, list tasks not None, IdMaker ids not None, double now, Py_ssize_t max_bytes=1 << 20,
+                    object reply=None, int flags=0):
+        """A list of what ``encode`` gives for each of ``tasks``; those without an id get one of ``ids``, made at ``now``.
+
+        As many calls of Python as tasks are saved. O(size of the frames). Raises: as ``encode``, for the first task that
+        cannot be encoded; ValueError for a ``now`` that ``ids`` refuses.
+        """
+        cdef Fields f
+        cdef list out = []
+        for task in tasks:
+            if not PyDict_Check(<PyObject*>task):
+                raise EncodeTypeError(f"a task must be a dict, got {show(task)}")
+            f.n = 0
+            f.body = f.few
+            try:
+                gather(<PyObject*>task, &f)
+                out.append(self.frame(&f, task, None, max_bytes, reply, flags, ids, now))
+            finally:
+                fields_free(&f)
+        return out
+
     cdef inline object frame(self, Fields* f, object task, object task_id, Py_ssize_t max_bytes, object reply,
-                             int flags):
+                             int flags, IdMaker ids, double now):
         cdef Enc e
         cdef char[ROOM] room
         cdef bint own_id = False
@@ -161,7 +192,10 @@ cdef class TaskCodec:
             reply = ident(reply, "reply")
         if flags < 0:
             raise EncodeError(f"flags must be 0 to 2**31 - 1, got {flags}", "flags")
-        chosen = choose_id(f.given[<int>K_ID], task_id, self.new_id, &own_id)  # a hook: now `f.given` may dangle
+        if ids is not None and f.given[<int>K_ID] == NULL:
+            chosen = ids.make(now)
+        else:
+            chosen = choose_id(f.given[<int>K_ID], task_id, self.new_id, &own_id)  # a hook: now `f.given` may dangle
         enc_open(&e, room, max_bytes, self.max_depth, self.default)
         put_header(&e, f, chosen, kind, reply, flags)
         frame = enc_close(&e, enc_body(&e, <PyObject*>task, f), "")
@@ -174,7 +208,7 @@ cdef class TaskCodec:
         if header.body_at > len(frame):
             raise DecodeError("the header is not of this frame", 0)
         dec_open(&d, frame, header.body_at, self.ext_hook, self.max_depth)
-        if dec_body(&d, <PyObject*>body) < 0:
+        if dec_body(&d, <PyObject*>body, NULL) < 0:
             dec_raise(&d)
         return body
 
@@ -191,7 +225,7 @@ cdef class TaskCodec:
             if dec_head(&d, &h) < 0:
                 dec_raise(&d)
             spread(&h, task)
-            if dec_body(&d, <PyObject*>task) < 0:
+            if dec_body(&d, <PyObject*>task, NULL) < 0:
                 dec_raise(&d)
         finally:
             head_free(&h)
@@ -210,28 +244,34 @@ cdef class IdMaker:
     cdef readonly str seed
     cdef uint64_t last
     cdef uint32_t count
+    cdef orc_mutex lock
 
     def __cinit__(self, str seed not None):
         if len(seed) != 12 or not well_named(<PyObject*>seed):
             raise ValueError(f"seed must be 12 printable ASCII characters without spaces, got {show(seed)}")
         self.seed = seed
 
-    def make(self, double now):
+    cpdef str make(self, double now):
         """The next id; ``now`` in unix seconds, 0 to 2**44 milliseconds. O(1). Raises: ValueError outside that."""
         cdef char* out
         cdef PyObject* s
+        cdef uint64_t moment
+        cdef uint32_t number
         if not 0.0 <= now < 17592186044.0:
             raise ValueError(f"now must be unix seconds, 0 or more, got {now}")
-        self.last = max(self.last, <uint64_t>(now * 1000.0))
         s = PyUnicode_New(31, 127)
         if s == NULL:
             orc_raised()
-        out = <char*>orc_compact(s)
-        put_hex(out, self.last, 11)
-        memcpy(out + 11, PyUnicode_DATA(<PyObject*>self.seed), 12)
-        put_hex(out + 23, self.count, 8)
+        orc_lock(&self.lock)
+        self.last = moment = max(self.last, <uint64_t>(now * 1000.0))
+        number = self.count
         self.count += 1
-        return take(s)
+        orc_unlock(&self.lock)
+        out = <char*>orc_compact(s)
+        put_hex(out, moment, 11)
+        memcpy(out + 11, PyUnicode_DATA(<PyObject*>self.seed), 12)
+        put_hex(out + 23, number, 8)
+        return <str>take(s)
 
 
 cdef inline void put_hex(char* out, uint64_t number, int digits) noexcept:
@@ -239,3 +279,6 @@ cdef inline void put_hex(char* out, uint64_t number, int digits) noexcept:
     for i in range(digits - 1, -1, -1):
         out[i] = b"0123456789abcdef"[number & 15]
         number >>= 4
+
+
+include "codec_make.pxi"

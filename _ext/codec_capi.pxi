@@ -21,11 +21,39 @@ cdef extern from *:
     static CYTHON_INLINE void orc_atomic(PyObject *tuple) {
         if (Py_TYPE(tuple)->tp_dictoffset == 0) PyObject_GC_UnTrack(tuple);
     }
+    /* The next entry of a dict, both references ours; 0 at its end. */
+    static CYTHON_INLINE int orc_next(PyObject *dict, Py_ssize_t *at, PyObject **key, PyObject **value) {
+        int more;
+    #ifdef Py_GIL_DISABLED
+        Py_BEGIN_CRITICAL_SECTION(dict);
+    #endif
+        more = PyDict_Next(dict, at, key, value);
+        if (more) {
+            Py_INCREF(*key);
+            Py_INCREF(*value);
+        }
+    #ifdef Py_GIL_DISABLED
+        Py_END_CRITICAL_SECTION();
+    #endif
+        return more;
+    }
+    /* An item of a list as a reference of ours; NULL, without an exception, if the list has become too short. */
+    static CYTHON_INLINE PyObject *orc_item(PyObject *list, Py_ssize_t i) {
+    #ifdef Py_GIL_DISABLED
+        PyObject *item = PyList_GetItemRef(list, i);
+        if (item == NULL) PyErr_Clear();
+        return item;
+    #else
+        return Py_NewRef(PyList_GET_ITEM(list, i));
+    #endif
+    }
     static double orc_double(PyObject *number) { return PyLong_AsDouble(number); }
     """
     int orc_ready(PyObject*) noexcept
     int orc_raised() except -1  # lets an exception that is already set through to Cython's caller
     void* orc_compact(PyObject*) noexcept  # the text of a str made by PyUnicode_New(n, 127): no flags to look at
+    int orc_next(PyObject*, Py_ssize_t*, PyObject**, PyObject**) noexcept
+    PyObject* orc_item(PyObject*, Py_ssize_t) noexcept  # of a list whose size was just looked at
     double orc_double(PyObject*) noexcept  # of an int that is known to be below 2**64
     PyObject* orc_tuple(PyObject*, Py_ssize_t) noexcept
     void orc_atomic(PyObject*) noexcept
@@ -64,7 +92,6 @@ cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(PyObject*, int*) noexcept
     unsigned long long PyLong_AsUnsignedLongLong(PyObject*) noexcept
     Py_ssize_t PyList_GET_SIZE(PyObject*) noexcept
-    PyObject* PyList_GET_ITEM(PyObject*, Py_ssize_t) noexcept
     Py_ssize_t PyTuple_GET_SIZE(PyObject*) noexcept
     PyObject* PyTuple_GET_ITEM(PyObject*, Py_ssize_t) noexcept
     Py_ssize_t PyDict_Size(PyObject*) noexcept

@@ -53,9 +53,9 @@ cdef PyObject* bad_field(Dec* d, const char* what) noexcept:
 
 cdef inline PyObject* dec_ident(Dec* d, const char* what, bint common) noexcept:
     """A str that follows the grammar of ids; `common` ones are looked up among those met before."""
-    cdef PyObject** slot = NULL
     cdef PyObject* s
     cdef Py_ssize_t n
+    cdef uint64_t at = 0
     if d.p >= d.end:
         return dec_fail(d, B_SHORT)
     n = d.p[0] & 0x1F
@@ -70,17 +70,18 @@ cdef inline PyObject* dec_ident(Dec* d, const char* what, bint common) noexcept:
     if d.end - d.p < n:
         return dec_fail(d, B_SHORT)
     if common:
-        slot = &TYPES[mix(d.p, n) & (TYPE_SLOTS - 1)]
-        if same(slot[0], d.p, n):
+        at = mix(d.p, n) & (TYPE_SLOTS - 1)
+        s = met(&TYPES[at], &TYPES_BUSY[at], d.p, n)
+        if s != NULL:
             d.p += n
-            return constant(slot[0])
+            return s
     if not is_ident(d.p, n):
         return bad_field(d, what)
     s = ascii_str(d, d.p, n)
     if s != NULL:
         d.p += n
         if common:
-            keep(slot, s)
+            keep(&TYPES[at], &TYPES_BUSY[at], s)
     return s
 
 
@@ -205,6 +206,10 @@ cdef object take(PyObject* owned):
 
 def decode_header(bytes frame not None):
     """The header of a frame; O(1). Looks at nothing behind it. Raises: DecodeError."""
+    return header_of(frame)
+
+
+cdef TaskHeader header_of(bytes frame):
     cdef Dec d
     cdef Head h
     cdef TaskHeader header
@@ -225,8 +230,11 @@ def decode_header(bytes frame not None):
     return header
 
 
-cdef int dec_body(Dec* d, PyObject* out) noexcept:
-    """The body into the dict `out`: a map with str keys, none of them the header's, and nothing behind it."""
+cdef int dec_body(Dec* d, PyObject* out, PyObject** parts) noexcept:
+    """The body into the dict `out`: a map with str keys, none of them the header's, and nothing behind it.
+
+    With `parts` its input and metadata go there instead; what they own then is the caller's to drop, also after -1.
+    """
     cdef Py_ssize_t i, n
     cdef PyObject* key
     if d.p >= d.end:
@@ -250,12 +258,24 @@ cdef int dec_body(Dec* d, PyObject* out) noexcept:
         if key != NULL and (not PyUnicode_Check(key) or which(key) != K_BODY):
             Py_DECREF(key)
             key = dec_fail(d, B_BODY)
-        if dec_entry(d, out, key, 0) < 0:
+        if parts != NULL and key != NULL and (is_input(key) or is_metadata(key)):
+            if dec_part(d, key, &parts[0 if is_input(key) else 1]) < 0:
+                return -1
+        elif dec_entry(d, out, key, 0) < 0:
             return -1
     if d.p != d.end:
         bad_field(d, "bytes follow the body")
         return -1
     return 0
+
+
+cdef inline int dec_part(Dec* d, PyObject* key, PyObject** part) noexcept:
+    """Decode the value of `key` (whose reference is taken) into `part`; of a repeated key the last wins."""
+    cdef PyObject* old = part[0]
+    Py_DECREF(key)
+    part[0] = dec_value(d, 0)
+    Py_XDECREF(old)
+    return -1 if part[0] == NULL else 0
 
 
 cdef inline int spread(Head* h, dict task) except -1:
@@ -274,8 +294,10 @@ cdef inline int spread(Head* h, dict task) except -1:
 cdef int seed() except -1:
     """Put our own interned keys into the cache, so that decoded bodies are looked up by pointer."""
     cdef str name
+    cdef uint64_t at
     for name in (S_INPUT, S_METADATA, S_ID, S_TYPE):
-        keep(&KEYS[mix(<uint8_t*>PyUnicode_DATA(<PyObject*>name), len(name)) & (KEY_SLOTS - 1)], <PyObject*>name)
+        at = mix(<uint8_t*>PyUnicode_DATA(<PyObject*>name), len(name)) & (KEY_SLOTS - 1)
+        keep(&KEYS[at], &KEYS_BUSY[at], <PyObject*>name)
     return 0
 
 

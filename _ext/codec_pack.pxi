@@ -290,10 +290,9 @@ cdef int enc_list(Enc* e, PyObject* o, int depth) noexcept:
     if enc_head(e, n, 0x90, 0xDC, 1) < 0:
         return -1
     for i in range(n):
-        if PyList_GET_SIZE(o) != n:
+        item = orc_item(o, i) if PyList_GET_SIZE(o) == n else NULL
+        if item == NULL:
             return enc_fail(e, E_CHANGED, o)
-        item = PyList_GET_ITEM(o, i)
-        Py_INCREF(item)
         done = enc_value(e, item, depth + 1)
         if done < 0:
             enc_step(e, o, NULL, i)
@@ -326,11 +325,8 @@ cdef inline int enc_key(Enc* e, PyObject* key) noexcept:
 
 
 cdef int enc_entry(Enc* e, PyObject* container, PyObject* key, PyObject* value, int depth) noexcept:
-    """One entry of a map; owns key and value meanwhile."""
-    cdef int done
-    Py_INCREF(key)
-    Py_INCREF(value)
-    done = enc_key(e, key)
+    """One entry of a map; the references to key and value are taken."""
+    cdef int done = enc_key(e, key)
     if done == 0:
         done = enc_value(e, value, depth)
     if done < 0:
@@ -348,9 +344,11 @@ cdef int enc_dict(Enc* e, PyObject* o, int depth) noexcept:
         return enc_fail(e, E_DEPTH, o)
     if enc_head(e, n, 0x80, 0xDE, 2) < 0:
         return -1
-    while PyDict_Next(o, &pos, &key, &value):
+    while orc_next(o, &pos, &key, &value):
         left -= 1
         if left < 0:
+            Py_DECREF(key)
+            Py_DECREF(value)
             break
         if enc_entry(e, o, key, value, depth + 1) < 0:
             return -1

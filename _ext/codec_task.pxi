@@ -30,7 +30,7 @@ ctypedef struct Entry:
     PyObject* value
 
 ctypedef struct Fields:
-    PyObject* given[K_BODY]  # borrowed from the task; NULL where absent or None
+    PyObject* given[K_BODY]  # borrowed from the task (owned without a GIL); NULL where absent or None
     Entry* body              # owned keys and values that go into the body, so that no hook can pull them away
     Py_ssize_t n
     Entry few[FEW]
@@ -71,6 +71,12 @@ cdef Key which_by_text(PyObject* key) noexcept:
     return K_RETRIES if n == 11 and reads(key, S_RETRIES, n) else K_BODY
 
 
+cdef inline bint is_input(PyObject* key) noexcept:
+    if key == <PyObject*>S_INPUT:
+        return True
+    return PyUnicode_IS_ASCII(key) and PyUnicode_GET_LENGTH(key) == 5 and reads(key, S_INPUT, 5)
+
+
 cdef inline bint is_metadata(PyObject* key) noexcept:
     if key == <PyObject*>S_METADATA:
         return True
@@ -82,7 +88,14 @@ cdef inline bint reads(PyObject* key, str name, Py_ssize_t n) noexcept:
 
 
 cdef int gather(PyObject* task, Fields* f) except -1:
-    """Sort the keys of the task. Runs no foreign code, so the borrowed values stay alive until a hook is called."""
+    """Sort the keys of the task, as they are at one moment, and check those of the header."""
+    with cython.critical_section(<object>task):
+        sort(task, f)
+    return check_fields(f)
+
+
+cdef int sort(PyObject* task, Fields* f) except -1:
+    """Runs no foreign code, so under a GIL the borrowed values stay alive until a hook is called."""
     cdef PyObject* key
     cdef PyObject* value
     cdef Py_ssize_t pos = 0
@@ -106,12 +119,16 @@ cdef int gather(PyObject* task, Fields* f) except -1:
             f.body[f.n] = Entry(key, value)
             f.n += 1
         elif value != Py_None:
+            orc_own(value)
+            orc_disown(f.given[<int>k])  # subclasses of str can be in a dict twice; the dict keeps it alive
             f.given[<int>k] = value
-    return check_fields(f)
+    return 0
 
 
 cdef void fields_free(Fields* f) noexcept:
     cdef Py_ssize_t i
+    for i in range(K_BODY):
+        orc_disown(f.given[i])
     for i in range(f.n):
         Py_DECREF(f.body[i].key)
         Py_DECREF(f.body[i].value)

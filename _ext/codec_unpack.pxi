@@ -35,6 +35,8 @@ cdef enum:
 # Bounded, never interned: keys come from the wire. Entries of TYPES have passed is_ident().
 cdef PyObject* KEYS[KEY_SLOTS]
 cdef PyObject* TYPES[TYPE_SLOTS]
+cdef unsigned char KEYS_BUSY[KEY_SLOTS]  # which slots a thread is at; without a GIL
+cdef unsigned char TYPES_BUSY[TYPE_SLOTS]
 
 
 cdef int dec_open(Dec* d, bytes frame, Py_ssize_t at, object hook, int max_depth) except -1:
@@ -177,11 +179,23 @@ cdef inline PyObject* ascii_str(Dec* d, const uint8_t* p, Py_ssize_t n) noexcept
     return s
 
 
-cdef inline void keep(PyObject** slot, PyObject* s) noexcept:
-    cdef PyObject* old = slot[0]
-    Py_INCREF(s)
-    slot[0] = s
-    Py_XDECREF(old)
+cdef inline PyObject* met(PyObject** slot, unsigned char* busy, const uint8_t* p, Py_ssize_t n) noexcept:
+    """A reference to the slot's string if these are its bytes, else NULL."""
+    cdef PyObject* s = NULL
+    if orc_try(busy):
+        if same(slot[0], p, n):
+            s = constant(slot[0])
+        orc_leave(busy)
+    return s
+
+
+cdef inline void keep(PyObject** slot, unsigned char* busy, PyObject* s) noexcept:
+    cdef PyObject* old
+    if orc_try(busy):
+        old = slot[0]
+        slot[0] = constant(s)
+        orc_leave(busy)
+        Py_XDECREF(old)
 
 
 cdef PyObject* dec_text(Dec* d, Py_ssize_t n) noexcept:
@@ -204,19 +218,18 @@ cdef PyObject* dec_text(Dec* d, Py_ssize_t n) noexcept:
 
 cdef inline PyObject* dec_name(Dec* d, Py_ssize_t n) noexcept:
     """`n` bytes at `p` as a str that is likely to have been met before: a key."""
-    cdef PyObject** slot
     cdef PyObject* s
+    cdef uint64_t at
     if n > KEY_MAX or d.end - d.p < n:
         return dec_text(d, n)
-    slot = &KEYS[mix(d.p, n) & (KEY_SLOTS - 1)]
-    s = slot[0]
-    if same(s, d.p, n):
+    at = mix(d.p, n) & (KEY_SLOTS - 1)
+    s = met(&KEYS[at], &KEYS_BUSY[at], d.p, n)
+    if s != NULL:
         d.p += n
-        Py_INCREF(s)
         return s
     s = dec_text(d, n)
     if s != NULL and PyUnicode_GET_LENGTH(s) == n:  # else not ASCII
-        keep(slot, s)
+        keep(&KEYS[at], &KEYS_BUSY[at], s)
     return s
 
 

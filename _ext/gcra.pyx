@@ -1,3 +1,4 @@
+# cython: freethreading_compatible=True
 # Owner: orchestra/flow_control.py (RedisRateLimiter). Oracle: tests/reference/gcra.py.
 """The Generic Cell Rate Algorithm in whole microseconds, and what is known of limiters that live in Redis.
 
@@ -10,7 +11,9 @@ The upper clamp never changes a decision (a debt above the tolerance refuses eve
 stored and the wait that is told finite after a clock ran backwards or a tolerance shrank. Whole numbers below 2**53 give
 the same results in Lua.
 
-Concurrency: every method is one C call that keeps the GIL; keys are exact strings, so no lookup runs Python code.
+Concurrency: any thread may call anything; every method is atomic. Under a GIL it is one C call that keeps it; keys are
+exact strings, so no lookup runs Python code. Without a GIL a method holds the table's mutex from its lookup to its last
+use of the cell; the arguments are converted before. ``len()`` reads one word without it.
 """
 
 cimport cython
@@ -20,6 +23,8 @@ from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from cpython.ref cimport PyObject
 from cpython.unicode cimport PyUnicode_CheckExact
 from libc.stdint cimport int64_t, uint64_t
+
+include "threads.pxi"
 
 cdef int64_t _LIMIT = <int64_t> 1 << 62
 LIMIT = _LIMIT
@@ -96,6 +101,7 @@ cdef class GcraTable:
     cdef Cell *_cells
     cdef Py_ssize_t _room
     cdef Py_ssize_t _oldest, _newest, _free
+    cdef orc_mutex _lock
 
     def __cinit__(
         self,
@@ -127,70 +133,93 @@ cdef class GcraTable:
         return len(self._index)
 
     def __contains__(self, key):
-        return PyUnicode_CheckExact(key) and self._find(key) != NOWHERE
+        cdef bint found
+        if not PyUnicode_CheckExact(key):
+            return False
+        orc_lock(&self._lock)
+        try:
+            found = self._find(key) != NOWHERE
+        finally:
+            orc_unlock(&self._lock)
+        return found
 
     def observe(self, key, tat_us, redis_now_us, local_now_us):
         cdef int64_t debt = _debt(
             _whole("tat_us", tat_us, -_LIMIT), _whole("redis_now_us", redis_now_us, -_LIMIT)
         )
         cdef int64_t now = _whole("local_now_us", local_now_us, -_LIMIT)
-        cdef Py_ssize_t place
         _require_key(key)
-        place = self._find(key)
-        if place == NOWHERE:
-            place = self._claim(key)
-        elif now < self._cells[place].seen:  # an answer that was overtaken by a newer one
-            return
-        else:
-            self._unlink(place)
-        self._link_newest(place)
-        self._cells[place].seen = now
-        self._cells[place].tat = _advance(now, debt)
+        orc_lock(&self._lock)
+        try:
+            self._observe(key, now, debt)
+        finally:
+            orc_unlock(&self._lock)
 
     def refused_for(self, key, cost, local_now_us, emission_us, burst_us):
         cdef int64_t now = _whole("local_now_us", local_now_us, -_LIMIT)
         cdef int64_t burst = _whole("burst_us", burst_us, 0)
         cdef int64_t need = _need(_whole("cost", cost, 1), _whole("emission_us", emission_us, 1))
         cdef int64_t age, debt  # microseconds
+        cdef int64_t tat, seen
         cdef Py_ssize_t place
-        cdef Cell *cell
         _require_key(key)
         if need > burst:
             return NEVER
-        place = self._find(key)
+        orc_lock(&self._lock)
+        try:
+            place = self._find(key)
+            if place != NOWHERE:
+                tat = self._cells[place].tat
+                seen = self._cells[place].seen
+        finally:
+            orc_unlock(&self._lock)
         if place == NOWHERE:
             return 0
-        cell = &self._cells[place]
-        age = _debt(now, cell.seen)
+        age = _debt(now, seen)
         if age > self.max_age_us:
             return 0
         # What is left of the debt when the clock of Redis stands at the latest that it can stand at.
         age = self.lead_us + age * self.drift_ppm // 1_000_000 + ROUNDING
-        debt = _debt(cell.tat, _advance(max(now, cell.seen), age))
+        debt = _debt(tat, _advance(max(now, seen), age))
         debt = min(debt, burst)
         return 0 if need <= burst - debt else debt - (burst - need)
 
     def known(self, key):
+        cdef int64_t tat, seen
         cdef Py_ssize_t place
         _require_key(key)
-        place = self._find(key)
-        return None if place == NOWHERE else (self._cells[place].tat, self._cells[place].seen)
+        orc_lock(&self._lock)
+        try:
+            place = self._find(key)
+            if place != NOWHERE:
+                tat = self._cells[place].tat
+                seen = self._cells[place].seen
+        finally:
+            orc_unlock(&self._lock)
+        return None if place == NOWHERE else (tat, seen)
 
     def forget(self, key):
         cdef Py_ssize_t place
         _require_key(key)
-        place = self._find(key)
-        if place == NOWHERE:
-            return False
-        self._release(place)
-        return True
+        orc_lock(&self._lock)
+        try:
+            place = self._find(key)
+            if place != NOWHERE:
+                self._release(place)
+        finally:
+            orc_unlock(&self._lock)
+        return place != NOWHERE
 
     def clear(self):
-        self._index.clear()
-        PyMem_Free(self._cells)
-        self._cells = NULL
-        self._room = 0
-        self._oldest = self._newest = self._free = NOWHERE
+        orc_lock(&self._lock)
+        try:
+            self._index.clear()
+            PyMem_Free(self._cells)
+            self._cells = NULL
+            self._room = 0
+            self._oldest = self._newest = self._free = NOWHERE
+        finally:
+            orc_unlock(&self._lock)
 
     def __sizeof__(self):
         return object.__sizeof__(self) + self._room * sizeof(Cell)
@@ -198,6 +227,19 @@ cdef class GcraTable:
     cdef inline Py_ssize_t _find(self, key) except -2:
         cdef PyObject *place = PyDict_GetItemWithError(self._index, key)
         return NOWHERE if place is NULL else PyLong_AsSsize_t(<object> place)
+
+    cdef int _observe(self, key, int64_t now, int64_t debt) except -1:
+        cdef Py_ssize_t place = self._find(key)
+        if place == NOWHERE:
+            place = self._claim(key)
+        elif now < self._cells[place].seen:  # an answer that was overtaken by a newer one
+            return 0
+        else:
+            self._unlink(place)
+        self._link_newest(place)
+        self._cells[place].seen = now
+        self._cells[place].tat = _advance(now, debt)
+        return 0
 
     cdef Py_ssize_t _claim(self, key) except -2:
         # A place for a new key, the oldest observation's if the table is full. Nothing changes if memory runs out.

@@ -1,3 +1,4 @@
+# cython: freethreading_compatible=True
 # Owner: orchestra/scheduler.py (PriorityScheduler). Oracle: tests/reference/heap.py.
 """A heap of objects ordered by (priority, order of arrival).
 
@@ -9,8 +10,11 @@ two machine words. Entries behind the heap keep the free places, so there is no 
 Four children to a node: half the levels of a binary heap, siblings side by side (LaMarca and Ladner, "The Influence of
 Caches on the Performance of Heaps", 1996).
 
-Concurrency: every method is one C call that keeps the GIL. Python code can run inside a method only where an
-allocation triggers a garbage collection or a released object has a ``__del__``; both happen while the heap is whole.
+Concurrency: any thread may call anything; every method is atomic. Under a GIL it is one C call that keeps it. Python
+code can run inside a method only where an allocation triggers a garbage collection (CPython 3.11) or a released object
+has a ``__del__``; both happen while the heap is whole. Without a GIL a method holds the heap's mutex, and nothing that
+could run Python code happens meanwhile: there a collection waits for the next bytecode, and objects are released outside.
+``len()``, ``arrivals`` and ``__sizeof__`` read one word without it, so they may be a moment old.
 """
 
 cimport cython
@@ -24,6 +28,9 @@ from libc.stdint cimport int64_t, uint64_t
 cdef extern from "Python.h":
     # Cython's declaration takes an object for the last argument; deleting a slice wants NULL there.
     int PyList_SetSlice(PyObject *items, Py_ssize_t low, Py_ssize_t high, PyObject *values)
+
+include "threads.pxi"
+include "lists.pxi"
 
 cdef enum:
     ARITY = 4
@@ -50,6 +57,7 @@ cdef class TaskHeap:
     cdef Py_ssize_t _capacity
     cdef uint64_t _sequence  # of the next arrival; 2**64 arrivals are out of reach
     cdef list _objects
+    cdef orc_mutex _lock
 
     def __cinit__(self):
         self._objects = []
@@ -66,12 +74,16 @@ cdef class TaskHeap:
         if not PyLong_Check(priority):  # a float would be cut without a word
             raise TypeError(f"priority must be an int, got {type(priority).__name__}")
         rank = priority
-        if self._size == self._capacity:
-            self._grow()
-        self._check()
-        place = self._entries[self._size].place
-        self._objects[place] = obj
-        self._sift_up(rank, place)
+        orc_lock(&self._lock)
+        try:
+            if self._size == self._capacity:
+                self._grow()
+            self._check()
+            place = self._entries[self._size].place
+            orc_store(self._objects, place, obj)
+            self._sift_up(rank, place)
+        finally:
+            orc_unlock(&self._lock)
 
     @property
     def arrivals(self):
@@ -83,51 +95,72 @@ cdef class TaskHeap:
             raise TypeError(f"priority must be an int, got {type(priority).__name__}")
         entry.priority = priority
         entry.sequence = sequence
-        if sequence >= self._sequence:  # a later arrival would get the same one
-            raise ValueError(f"insert: sequence must be one of the {self._sequence} arrivals so far, got {sequence}")
-        if self._size == self._capacity:
-            self._grow()
-        self._check()
-        entry.place = self._entries[self._size].place
-        self._objects[entry.place] = obj
-        self._rise(entry)
+        orc_lock(&self._lock)
+        try:
+            if sequence >= self._sequence:  # a later arrival would get the same one
+                raise ValueError(f"insert: sequence must be one of the {self._sequence} arrivals so far, got {sequence}")
+            if self._size == self._capacity:
+                self._grow()
+            self._check()
+            entry.place = self._entries[self._size].place
+            orc_store(self._objects, entry.place, obj)
+            self._rise(entry)
+        finally:
+            orc_unlock(&self._lock)
 
     def pop(self):
-        if self._size == 0:
-            raise IndexError("pop from an empty TaskHeap")
-        self._check()
-        obj = self._take()
-        self._shrink()
+        orc_lock(&self._lock)
+        try:
+            if self._size == 0:
+                raise IndexError("pop from an empty TaskHeap")
+            self._check()
+            obj = self._take()
+            self._shrink()
+        finally:
+            orc_unlock(&self._lock)
         return obj
 
     def pop_item(self):
         cdef int64_t priority
-        if self._size == 0:
-            raise IndexError("pop from an empty TaskHeap")
-        self._check()
-        priority = self._entries[0].priority
-        obj = self._take()
-        self._shrink()
+        orc_lock(&self._lock)
+        try:
+            if self._size == 0:
+                raise IndexError("pop from an empty TaskHeap")
+            self._check()
+            priority = self._entries[0].priority
+            obj = self._take()
+            self._shrink()
+        finally:
+            orc_unlock(&self._lock)
         return priority, obj
 
     def peek(self):
-        if self._size == 0:
-            raise IndexError("peek at an empty TaskHeap")
-        self._check()
-        return <object> PyList_GET_ITEM(self._objects, self._entries[0].place)
+        orc_lock(&self._lock)
+        try:
+            if self._size == 0:
+                raise IndexError("peek at an empty TaskHeap")
+            self._check()
+            obj = <object> PyList_GET_ITEM(self._objects, self._entries[0].place)
+        finally:
+            orc_unlock(&self._lock)
+        return obj
 
     def pop_many(self, Py_ssize_t count):
         cdef Py_ssize_t taken = 0
         cdef list out
         if count < 0:
             raise ValueError(f"pop_many: count must be 0 or more, got {count}")
-        # Allocated in full before anything leaves the heap: nothing below can fail and lose an object.
-        out = [None] * min(count, self._size)
-        self._check()
-        while taken < PyList_GET_SIZE(out) and self._size:
-            out[taken] = self._take()
-            taken += 1
-        self._shrink()
+        orc_lock(&self._lock)
+        try:
+            # Allocated in full before anything leaves the heap: nothing below can fail and lose an object.
+            out = [None] * min(count, self._size)
+            self._check()
+            while taken < PyList_GET_SIZE(out) and self._size:
+                orc_store(out, taken, self._take())
+                taken += 1
+            self._shrink()
+        finally:
+            orc_unlock(&self._lock)
         if taken < PyList_GET_SIZE(out):  # a collection during the allocation ran code that popped
             del out[taken:]
         return out
@@ -136,22 +169,29 @@ cdef class TaskHeap:
         cdef Py_ssize_t i
         cdef Entry *entry
         cdef list out = []
-        for i in range(self._size):
-            self._check()
-            if i >= self._size:  # a collection during an allocation ran code that popped
-                break
-            entry = &self._entries[i]
-            out.append((entry.priority, entry.sequence, <object> PyList_GET_ITEM(self._objects, entry.place)))
+        orc_lock(&self._lock)
+        try:
+            for i in range(self._size):
+                self._check()
+                if i >= self._size:  # a collection during an allocation ran code that popped
+                    break
+                entry = &self._entries[i]
+                out.append((entry.priority, entry.sequence, <object> PyList_GET_ITEM(self._objects, entry.place)))
+        finally:
+            orc_unlock(&self._lock)
         return out
 
     def clear(self):
         cdef list fresh = []
-        cdef Py_ssize_t count = self._size
+        cdef Py_ssize_t count
+        orc_lock(&self._lock)
+        count = self._size
         old = self._objects
         self._objects = fresh
         PyMem_Free(self._entries)
         self._entries = NULL
         self._size = self._capacity = 0
+        orc_unlock(&self._lock)
         del old  # runs the objects' __del__, which finds a whole and empty heap
         return count
 
@@ -239,8 +279,7 @@ cdef class TaskHeap:
         cdef Py_ssize_t hole = 0
         cdef Py_ssize_t child, best, end
         cdef Entry last = entries[size]
-        obj = <object> PyList_GET_ITEM(self._objects, place)
-        self._objects[place] = None
+        obj = orc_remove(self._objects, place)
         self._size = size
         while True:
             child = hole * ARITY + 1

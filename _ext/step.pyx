@@ -1,3 +1,4 @@
+# cython: freethreading_compatible=True
 # Owner: orchestra/_dispatch/isolation.py. Oracle: tests/reference/step.py.
 """The first step of a coroutine, in a context of its own.
 
@@ -5,8 +6,9 @@ Owns nothing: copies the current context, sets one variable in it, calls, and se
 result of a coroutine that never suspends without raising StopIteration, and entering the context by hand saves two
 Python frames: together that is more than half of what handing a task to an agent costs.
 
-Concurrency: runs foreign code, so anything may happen between two lines; it keeps no state. The context is left again
-whatever that code raises.
+Concurrency: runs foreign code, so anything may happen between two lines; it keeps no state, so any number of threads may
+be in it, with a GIL or without. The context is a copy that no other thread knows yet, and is left again whatever that
+code raises.
 """
 
 from cpython.ref cimport Py_DECREF, PyObject
@@ -23,6 +25,7 @@ cdef extern from "Python.h":
     int PyContext_Exit(object) except -1
     object PyContextVar_Set(object, object)
     object PyObject_CallOneArg(object, object)
+    bint PyCoro_CheckExact(object)
 
 
 def first_step(call, argument, variable):
@@ -39,7 +42,7 @@ def first_step(call, argument, variable):
     try:
         PyContextVar_Set(variable, argument)
         coroutine = PyObject_CallOneArg(call, argument)
-        if not hasattr(coroutine, "send"):
+        if not PyCoro_CheckExact(coroutine) and not hasattr(coroutine, "send"):
             return context, coroutine, coroutine
         how = PyIter_Send(coroutine, None, &out)
     finally:

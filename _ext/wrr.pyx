@@ -1,3 +1,4 @@
+# cython: freethreading_compatible=True
 # Owner: orchestra/load_balancer.py (WeightedRoundRobinStrategy). Oracle: tests/reference/wrr.py.
 """Smooth weighted round robin over hashable ids.
 
@@ -17,18 +18,63 @@ changes this never differs from nginx's algorithm, which comes back to zero by i
 
 Current values are kept in 2**-16 parts of a weight, so that scaling back and forth does not round a lag away.
 
-Concurrency: every method is one C call that keeps the GIL. Hashing and comparing ids may run Python code: all lookups
-come first, nothing runs between a lookup and its use, and a selection whose lookups let the ring change starts again.
+Concurrency: any thread may call anything; every method is atomic but for the hashing and comparing of ids, which may run
+Python code: all lookups come first, nothing runs between a lookup and its use, and a selection whose lookups let the
+ring change starts again. Under a GIL a method is one C call that keeps it. Without one it holds the ring's critical
+section, which CPython gives up while such code waits; it may also be given up between the end of a lookup and its
+answer, so a handle counts only if it still has a place and, where it is written to, if no member came or went meanwhile.
 """
 
 cimport cython
-from cpython.dict cimport PyDict_GetItemWithError, PyDict_SetDefault
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
-from cpython.long cimport PyLong_AsSsize_t
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
-from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memmove
+
+include "lists.pxi"
+
+cdef extern from *:
+    """
+    /* The number under `key`; -1 if there is none, -2 after an error. */
+    static Py_ssize_t orc_find(PyObject *index, PyObject *key) {
+        PyObject *found;
+        Py_ssize_t number;
+    #ifdef Py_GIL_DISABLED
+        if (PyDict_GetItemRef(index, key, &found) < 0) return -2;
+        if (found == NULL) return -1;
+        number = PyLong_AsSsize_t(found);
+        Py_DECREF(found);
+    #else
+        found = PyDict_GetItemWithError(index, key);
+        if (found == NULL) return PyErr_Occurred() ? -2 : -1;
+        number = PyLong_AsSsize_t(found);
+    #endif
+        return number;
+    }
+    /* The number under `key`, which is `mine` if there was none; -2 after an error. */
+    static Py_ssize_t orc_find_or_add(PyObject *index, PyObject *key, PyObject *mine) {
+        PyObject *found;
+        Py_ssize_t number;
+    #ifdef Py_GIL_DISABLED
+        if (PyDict_SetDefaultRef(index, key, mine, &found) < 0) return -2;
+        number = PyLong_AsSsize_t(found);
+        Py_DECREF(found);
+    #else
+        found = PyDict_SetDefault(index, key, mine);
+        if (found == NULL) return -2;
+        number = PyLong_AsSsize_t(found);
+    #endif
+        return number;
+    }
+    /* What is in the first `count` places of one list goes to the same places of the other, and back. */
+    static void orc_swap(PyObject *one, PyObject *other, Py_ssize_t count) {
+        for (Py_ssize_t i = 0; i < count; i++)
+            PyList_SET_ITEM(one, i, orc_exchange(other, i, PyList_GET_ITEM(one, i)));
+    }
+    """
+    Py_ssize_t orc_find(object, object) except -2
+    Py_ssize_t orc_find_or_add(object, object, object) except -2
+    void orc_swap(object, object, Py_ssize_t) noexcept
 
 MAX_WEIGHT = 10_000
 MAX_IDS = 65_536
@@ -40,6 +86,8 @@ cdef enum:
     FIRST_ROOM = 16
     ON_STACK = 64
     ATTEMPTS = 100
+    NOWHERE = -1  # the place of a handle that is free, or whose id is being admitted
+    REVOKED = -2  # of one whose id was removed meanwhile
 
 
 cdef struct Member:
@@ -55,7 +103,7 @@ cdef struct Member:
 cdef class SmoothRing:
     # A handle names a member for as long as it stays; its place moves when an older member leaves.
     # Invariants: _members[:_size] is in order of arrival; _places[m.handle] is m's place; _ids[handle] is its id;
-    # _index maps that id to the handle; _free[:_room - _size - reserved] holds the other handles.
+    # _index maps that id to the handle; _free[:_room - _size - reserved] holds the other handles, whose place is negative.
     cdef dict _index
     cdef list _ids
     cdef Member *_members
@@ -87,19 +135,24 @@ cdef class SmoothRing:
         return self._size
 
     def __contains__(self, ident):
-        return self._handle(ident) >= 0
+        with cython.critical_section(self):
+            return self._handle(ident) >= 0
 
     def ids(self):
         cdef Py_ssize_t i
-        cdef list out = [None] * self._size
-        self._check()
-        for i in range(min(len(out), self._size)):
-            out[i] = self._ids[self._members[i].handle]
+        cdef list out
+        with cython.critical_section(self):
+            out = [None] * self._size
+            self._check()
+            for i in range(min(len(out), self._size)):
+                orc_store(out, i, <object> PyList_GET_ITEM(self._ids, self._members[i].handle))
         return out
 
     def weight(self, ident):
-        cdef Py_ssize_t handle = self._handle(ident)
-        return 0 if handle < 0 else self._members[self._places[handle]].weight // UNIT
+        cdef Py_ssize_t handle
+        with cython.critical_section(self):
+            handle = self._sure_handle(ident)
+            return 0 if handle < 0 else self._members[self._places[handle]].weight // UNIT
 
     def set_weight(self, ident, weight):
         cdef Py_ssize_t handle
@@ -108,37 +161,58 @@ cdef class SmoothRing:
         if weight == 0:
             self.remove(ident)
             return
-        handle = self._handle(ident)
-        if handle < 0:
-            handle = self._admit(ident, <int64_t> weight * UNIT)
-        if handle >= 0:  # it was a member before, or became one while its hash was computed
-            self._reweigh(&self._members[self._places[handle]], <int64_t> weight * UNIT)
+        with cython.critical_section(self):
+            handle = self._sure_handle(ident)
+            if handle < 0:
+                handle = self._admit(ident, <int64_t> weight * UNIT)
+            if handle >= 0:  # it was a member before, or became one while its hash was computed
+                self._reweigh(&self._members[self._places[handle]], <int64_t> weight * UNIT)
 
     def remove(self, ident):
-        handle = self._index.pop(ident, None)
-        if handle is None:
-            return False
-        self._check()
-        gone = self._expel(<Py_ssize_t> handle)
+        cdef Py_ssize_t place
+        with cython.critical_section(self):
+            handle = self._index.pop(ident, None)
+            if handle is None:
+                return False
+            self._check()
+            place = self._places[<Py_ssize_t> handle]
+            if place < 0:
+                self._places[<Py_ssize_t> handle] = REVOKED  # whoever admits it gives the handle back
+                return True
+            gone = self._expel(<Py_ssize_t> handle)
         return True  # only now may the id's __del__ run
 
     def select(self, available=None):
         cdef Py_ssize_t best
         cdef tuple ids
         if available is None:
-            self._check()
-            best = self._turn_of_all()
-            return None if best < 0 else <object> PyList_GET_ITEM(self._ids, self._members[best].handle)
+            with cython.critical_section(self):
+                self._check()
+                best = self._turn_of_all()
+                return None if best < 0 else <object> PyList_GET_ITEM(self._ids, self._members[best].handle)
         ids = tuple(available)
-        best = self._choose(ids)
+        with cython.critical_section(self):
+            best = self._choose(ids)
         return None if best < 0 else ids[best]
 
     def select_index(self, available):
-        return self._choose(tuple(available))
+        cdef tuple ids = tuple(available)
+        with cython.critical_section(self):
+            return self._choose(ids)
 
     cdef inline Py_ssize_t _handle(self, ident) except -2:
-        cdef PyObject *handle = PyDict_GetItemWithError(self._index, ident)
-        return -1 if handle is NULL else PyLong_AsSsize_t(<object> handle)
+        cdef Py_ssize_t handle = orc_find(self._index, ident)
+        return NOWHERE if handle < 0 or self._places[handle] < 0 else handle
+
+    cdef Py_ssize_t _sure_handle(self, ident) except -2:
+        cdef Py_ssize_t handle
+        cdef uint64_t version
+        for _ in range(ATTEMPTS):
+            version = self._version
+            handle = self._handle(ident)
+            if version == self._version:
+                return handle
+        raise RuntimeError("SmoothRing changes whenever an id is hashed or compared")
 
     cdef Py_ssize_t _turn_of_all(self) noexcept:
         cdef Member *members = self._members
@@ -258,57 +332,54 @@ cdef class SmoothRing:
 
     cdef Py_ssize_t _admit(self, ident, int64_t weight) except -2:
         # -1 when the id was admitted with this weight, its handle when it turned out to be a member.
-        cdef Py_ssize_t handle
-        cdef PyObject *found
-        cdef object mine  # typed, or it would be inferred as a C integer
+        cdef Py_ssize_t handle, found
+        cdef uint64_t version = self._version
         if self._free_count == 0:
             self._grow()
         self._check()
         self._free_count -= 1
         handle = self._free[self._free_count]  # reserved: code that runs inside the lookup takes another one
-        mine = handle
+        self._places[handle] = NOWHERE
         try:
-            found = PyDict_SetDefault(self._index, ident, mine)
+            found = orc_find_or_add(self._index, ident, handle)
         except:  # noqa: E722 - whatever __hash__ or __eq__ raised
             self._give_back(handle)
             raise
-        if found != <PyObject *> mine:
+        if found != handle:
             self._give_back(handle)
-            return PyLong_AsSsize_t(<object> found)
-        self._ids[handle] = ident
+            return self._sure_handle(ident) if version != self._version or self._places[found] < 0 else found
+        if self._places[handle] == REVOKED:
+            self._give_back(handle)
+            return NOWHERE
+        orc_store(self._ids, handle, ident)
         self._rebase(self._total + weight)
         self._places[handle] = self._size
         self._members[self._size] = Member(weight=weight, current=0, left=0, mark=0, handle=handle)
         self._size += 1
         self._version += 1
-        return -1
+        return NOWHERE
 
     cdef void _give_back(self, Py_ssize_t handle) noexcept:
+        self._places[handle] = NOWHERE
         self._free[self._free_count] = handle
         self._free_count += 1
 
     cdef int _grow(self) except -1:
-        cdef Py_ssize_t room, handle
-        cdef void *block
-        if self._room >= TOP_IDS:
-            raise ValueError(f"a SmoothRing holds at most {TOP_IDS} ids")
-        cdef list padding = [None] * max(<Py_ssize_t> FIRST_ROOM, self._room)
-        if self._free_count:  # a collection during that allocation ran code that grew the ring or removed an id
-            return 0
-        room = self._room + PyList_GET_SIZE(padding)
-        block = PyMem_Realloc(self._members, room * sizeof(Member))
-        if block is NULL:
-            raise MemoryError
-        self._members = <Member *> block
-        block = PyMem_Realloc(self._places, room * sizeof(Py_ssize_t))
-        if block is NULL:
-            raise MemoryError
-        self._places = <Py_ssize_t *> block
-        block = PyMem_Realloc(self._free, room * sizeof(Py_ssize_t))
-        if block is NULL:
-            raise MemoryError
-        self._free = <Py_ssize_t *> block
-        self._ids.extend(padding)
+        cdef Py_ssize_t room = 0, handle
+        cdef list fresh
+        while room <= self._room:  # a collection during the allocation may run code that grows the ring
+            if self._room >= TOP_IDS:
+                raise ValueError(f"a SmoothRing holds at most {TOP_IDS} ids")
+            room = self._room + max(<Py_ssize_t> FIRST_ROOM, self._room)
+            fresh = [None] * room
+            if self._free_count:  # or removes an id
+                return 0
+        self._members = <Member *> _resized(self._members, room * sizeof(Member))
+        self._places = <Py_ssize_t *> _resized(self._places, room * sizeof(Py_ssize_t))
+        self._free = <Py_ssize_t *> _resized(self._free, room * sizeof(Py_ssize_t))
+        self._check()
+        orc_swap(fresh, self._ids, self._room)
+        self._ids = fresh
         for handle in range(room - 1, self._room - 1, -1):
             self._give_back(handle)
         self._room = room
@@ -324,8 +395,7 @@ cdef class SmoothRing:
         cdef Py_ssize_t place = self._places[handle]
         cdef Py_ssize_t i
         cdef int64_t weight = self._members[place].weight
-        ident = self._ids[handle]
-        self._ids[handle] = None
+        ident = orc_remove(self._ids, handle)
         self._size -= 1
         memmove(&self._members[place], &self._members[place + 1], (self._size - place) * sizeof(Member))
         for i in range(place, self._size):
@@ -355,3 +425,11 @@ cdef class SmoothRing:
             for i in range(self._size):
                 self._members[i].current = max(-total, min(total, self._members[i].current - mean))
         self._total = total
+
+
+cdef void *_resized(void *block, size_t size) except NULL:
+    # The block, longer. When there is no memory the old one stays as it is and where it is.
+    block = PyMem_Realloc(block, size)
+    if block is NULL:
+        raise MemoryError
+    return block

@@ -52,13 +52,13 @@ def make_groups(raw: Raw) -> None:
         raw.ask("XGROUP", "CREATE", lane, GROUP, "0", "MKSTREAM")
 
 
-def produce_calls(count: int, *, ids: bool, batch: int = BATCH) -> list[bytes]:
-    """EVALSHA of orchestra's produce script for ``count`` tasks, ``batch`` tasks a call."""
+def produce_calls(count: int, *, ids: bool) -> list[bytes]:
+    """EVALSHA of orchestra's produce script for ``count`` tasks, ``BATCH`` a call."""
     keys = (*KEYS.lanes, KEYS.delayed, KEYS.bodies, *KEYS.dedup, *KEYS.tokens, KEYS.counters)
     calls = []
-    for start in range(0, count, batch):
+    for start in range(0, count, BATCH):
         args: list[str | bytes | int] = [0, DEDUP_MS, TOKEN_WINDOW_MS, "" if ids else f"raw{next(_token):x}"]
-        for number in range(start, min(start + batch, count)):
+        for number in range(start, min(start + BATCH, count)):
             encoded = encode_task(task(number if ids else None))
             args += (encoded.lane, "i" + encoded.id if ids else "", encoded.frame)
         calls.append(script("produce").pack(keys, args))

@@ -11,92 +11,61 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from orchestra import telemetry
+from orchestra._ext import wire
 from orchestra.errors import CorruptEntryError
-from orchestra.serialization import TaskHeader, decode_body, decode_header, decode_task, dumps, encode_task, loads
-from orchestra.tasks import LANES, BaseTask, TaskDict
+from orchestra.serialization import TaskHeader, decode_header, decode_task, dumps, encode_task, loads, make_task
+from orchestra.tasks import BaseTask, TaskDict
 
 WANTS_RESULT = 1
 """Bit of a frame's flags: the sender wants the terminal record kept."""
 STEP = "orchestra.step"
-"""Key of a task's metadata: it is a step of a workflow, ``[namespace, workflow id, step index, series]``."""
+"""Key of a task's metadata: it is a step of a workflow, ``[namespace, workflow id, step index, series, claim]``."""
 RETRY = "orchestra.retry"
 """Key of a step's metadata: the fields of its own :class:`~orchestra.tasks.Retry`."""
+arrivals, hold, sift, with_ids = wire.arrivals, wire.hold, wire.sift, wire.with_ids
+"""What is done with a whole batch of deliveries at once: made, held, sorted by their verdicts, named in a command."""
 
 
-class Delivery:
+@wire.untracked
+class Delivery(wire.Arrival):
     """One hand-over of a task to one consumer. Belongs to the event loop that read it.
 
     ``deliveries`` counts hand-overs of this entry (1 unless it was reclaimed), ``before`` those of the task's earlier
     entries, ``retries`` the attempts consumed so far. ``lane`` is its priority, 0 to 3, ``stream`` where its entry is: the
     lane, or that number and 4 for the stream before it. ``lost`` is set when the lease turned out to be another's,
-    ``abandoned`` when its agent is out of control and the lease is no longer to be renewed.
+    ``abandoned`` when its agent is out of control and the lease is no longer to be renewed. ``foreign``: the entry has no
+    frame, another program wrote it. ``attempt``: number of this attempt, from 1. ``fence``: strictly increasing over the
+    deliveries of a task, for resources that check it. ``header``: the task's, decoded when it is first asked for, which
+    raises CorruptEntryError where the entry is not a task that this version understands.
     """
 
-    __slots__ = (
-        "_foreign",
-        "_header",
-        "abandoned",
-        "before",
-        "consumer",
-        "deliveries",
-        "entry",
-        "frame",
-        "generation",
-        "lane",
-        "lost",
-        "rank",
-        "retries",
-        "stream",
-    )
+    __slots__ = ()
+    if TYPE_CHECKING:
 
-    def __init__(
-        self, stream: int, entry: bytes, fields: Sequence[bytes], consumer: str, deliveries: int = 1, rank: int = 0
-    ) -> None:
-        self.stream = stream
-        self.lane = stream if stream < LANES else stream - LANES
-        self.entry = entry
-        self.consumer = consumer
-        self.deliveries = deliveries
-        self.rank = rank
-        self.lost = False
-        self.abandoned = False
-        self._header: TaskHeader | None = None
-        self.retries = self.before = self.generation = 0
-        if len(fields) == 2 and fields[0] == b"t":
-            self.frame = fields[1]
-        else:
-            self._read_fields(fields)
+        @property
+        def header(self) -> TaskHeader: ...
 
     def _read_fields(self, fields: Sequence[bytes]) -> None:
         by_name = dict(zip(fields[::2], fields[1::2], strict=False))
         self.frame = by_name.get(b"t", b"")
-        self._foreign = b"t" not in by_name
+        self.foreign = b"t" not in by_name
         try:
             self.retries = int(by_name.get(b"n", 0))
             self.before = int(by_name.get(b"d", 0))
             self.generation = int(by_name.get(b"g", 0))
-        except ValueError:
+        except (ValueError, OverflowError):
             self.frame = b""
 
-    @property
-    def header(self) -> TaskHeader:
-        """The task's header, decoded once.
+    def _decoded(self) -> TaskHeader:
+        """What :attr:`header` is, asked for once.
 
         Raises:
             CorruptEntryError: the entry is not a task that this version understands.
         """
-        header = self._header
-        if header is None:
-            header = self._header = decode_header(self.frame)
-        return header
-
-    @property
-    def foreign(self) -> bool:
-        """Whether the entry has no frame: another program wrote it."""
-        return getattr(self, "_foreign", False)  # set where fields are unusual only: reading a task costs nothing
+        return decode_header(self.frame)
 
     @property
     def message_id(self) -> str:
@@ -104,40 +73,18 @@ class Delivery:
         return f"{self.stream}:{self.entry.decode()}"
 
     @property
-    def attempt(self) -> int:
-        """Number of this attempt, from 1."""
-        return self.retries + 1
-
-    @property
-    def fence(self) -> int:
-        """Strictly increasing over the deliveries of a task, for resources that check it."""
-        return self.generation << 40 | (self.before + self.deliveries)
-
-    @property
     def wants_result(self) -> bool:
         """Whether the sender wants the terminal record kept."""
         return bool((self.header.flags or 0) & WANTS_RESULT)
 
     def task(self) -> BaseTask:
-        """What the agent is handed; decodes the body."""
-        header = self.header
-        body = decode_body(self.frame, header)
-        metadata = body.pop("metadata", None) or {}
-        if type(metadata) is not dict:
-            raise CorruptEntryError(f"task {header.id}: metadata must be a map, not {type(metadata).__name__}")
-        return BaseTask(
-            header.id,
-            header.type,
-            body.pop("input", None),
-            header.lane,
-            self.retries + 1,
-            metadata,
-            header.max_retries,
-            header.timeout,
-            header.deadline,
-            self.fence,
-            body,
-        )
+        """What the agent is handed; decodes the body.
+
+        Raises:
+            CorruptEntryError: the entry is not a task that this version understands.
+        """
+        self._header, task = make_task(self.frame, self._header, self.attempt, self.fence)
+        return task
 
     def task_dict(self) -> TaskDict:
         """The task as it was produced."""
@@ -179,6 +126,18 @@ class Again:
     def left(self) -> float:
         """Seconds from now on."""
         return self.delay if self.due is None else max(0.001, self.due - time.monotonic())
+
+
+class Sooner(NamedTuple):
+    """A throttled task that was to come back at ``was``, and is to at ``at``; monotonic seconds."""
+
+    task_id: str
+    was: float
+    at: float
+
+
+OFF_MS = 1000
+"""Milliseconds between when a task was meant to come back and when it is due, at most, by the way of its settling."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,20 @@ from typing import Any, NamedTuple, Protocol
 
 from orchestra import _backoff, telemetry
 from orchestra._agents.services import current_task
-from orchestra._delivery import DONE, RETRY, STEP, Again, Bury, Cancel, Complete, Delivery, Verdict, corrupt_verdict
+from orchestra._delivery import (
+    DONE,
+    RETRY,
+    STEP,
+    WANTS_RESULT,
+    Again,
+    Bury,
+    Cancel,
+    Complete,
+    Delivery,
+    Sooner,
+    Verdict,
+    corrupt_verdict,
+)
 from orchestra._dispatch import isolation
 from orchestra._dispatch.admission import BadLimitError, Gate
 from orchestra._dispatch.isolation import Rest, first_step
@@ -85,6 +98,13 @@ class Execution:
         self._on_left = on_left
         self._steps = steps
 
+    def take_sooner(self) -> list[Sooner]:
+        """The tasks whose limit was raised since they were told when to come back; they are told once."""
+        sooner = self._gate.sooner
+        if sooner:
+            self._gate.sooner = []
+        return sooner
+
     def start_nowait(self, delivery: Delivery, slot: Slot) -> Ended | Coroutine[Any, Any, Ended]:
         """Begin to process one delivery in ``slot``: how it ended, if its agent never waits, else what is left to await.
 
@@ -101,9 +121,10 @@ class Execution:
         agent = self._agents.get(task.type)
         if agent is None or agent.only is None or agent.options.uses or self._gate.always or task.deadline is not None:
             return self.run(delivery, slot, task)
-        self._enter(task, agent.options, agent.only, slot)
+        replica = agent.only
+        self._enter(task, agent.options, replica, slot)
         try:
-            context, coroutine, value = first_step(agent.only.call, task, current_task)
+            context, coroutine, value = first_step(replica.call, task, current_task)
         except BaseException as error:  # noqa: BLE001 - whatever an agent raises is an outcome
             self._leave(slot)
             return self._ended_by(error, delivery, task, agent.options, slot)
@@ -111,8 +132,13 @@ class Execution:
             if isolation.astray:
                 leave_child()
             return self._go_on(delivery, task, agent, slot, Rest(context, coroutine, value))
-        self._leave(slot)
-        return self._completed(delivery, task, value)
+        if isolation.astray:
+            leave_child()
+        slot.deadline = None  # as _leave(), of a slot that nobody can have abandoned and a replica that nobody chose
+        replica.running -= 1
+        if delivery.header.flags & WANTS_RESULT or task.metadata:
+            return self._completed(delivery, task, value)
+        return COMPLETED
 
     async def _go_on(self, delivery: Delivery, task: BaseTask, agent: AgentType, slot: Slot, rest: Rest) -> Ended:
         """The rest of :meth:`start_nowait`."""
@@ -212,7 +238,7 @@ class Execution:
 
     def _enter(self, task: BaseTask, options: AgentOptions, replica: Replica, slot: Slot) -> None:
         """``replica`` is going to run ``task``."""
-        if telemetry.wanted("task.started"):
+        if "task.started" in telemetry.listened:
             facts = {"queue": self._queue, "task_id": task.id, "type": task.type, "attempt": task.attempt}
             telemetry.emit("task.started", {}, {**facts, "worker_id": replica.worker_id})
         replica.running += 1

@@ -42,6 +42,8 @@ class QueueKeys:
         """Sorted set: consumer → last sign of life, milliseconds of the Redis clock."""
         self.cancels = f"{tag}c"
         """Sorted set: id of a task to be cancelled → milliseconds of the Redis clock; it means entries that are not newer."""
+        self.cancelled_steps = f"{tag}cs"
+        """Hash: id of a task that was cancelled and carried a step of a workflow → its frame, until that has been told."""
         self.breakers = f"{tag}b"
         """Sorted set: process that tells of its circuit breakers → milliseconds of the Redis clock when it last did."""
 

@@ -5,6 +5,7 @@ No heap and no waiting: those are ``scheduler``'s. Pure; times are arguments.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -100,8 +101,13 @@ def places(aging: float | None, now: float) -> tuple[int, ...]:
     """
     if aging is None or aging == 0:
         return _STRICT_PLACES
-    keys = ranks(aging, now)
-    half = round(aging * 5e5)
+    at = int(now * 1e6)
+    return tuple([at + offset for offset in _offsets(aging)])
+
+
+@functools.cache
+def _offsets(aging: float) -> tuple[int, ...]:
+    keys, half = ranks(aging, 0.0), round(aging * 5e5)
     return (*keys, *[key - half for key in keys])
 
 

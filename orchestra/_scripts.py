@@ -40,6 +40,32 @@ class Script:
         return _pack(("EVAL", self.text, len(keys), *keys, *args))
 
 
+class Bound(Script):
+    """``script`` with keys and first arguments that never change; ``more`` arguments (1 to 9) are packed call by call.
+
+    What is fixed is packed once, here. ``pack`` and ``pack_with_text`` take no keys.
+    """
+
+    __slots__ = ("_fixed", "_head", "_keys", "_more")
+
+    def __init__(self, script: Script, keys: Sequence[str], fixed: Sequence[Arg], more: int) -> None:
+        super().__init__(script.name, script.text)
+        self.sha = script.sha
+        self._keys, self._fixed = tuple(keys), tuple(fixed)
+        self._more = len(b"*%d\r\n" % more)
+        packed = script.pack(self._keys, self._fixed)
+        count, _, rest = packed.partition(b"\r\n")
+        self._head = b"*%d\r\n%b" % (int(count[1:]) + more, rest)
+
+    def pack(self, keys: Sequence[str], args: Sequence[Arg]) -> bytes:
+        """The call as bytes for a wire; ``keys`` is empty."""
+        return self._head + _pack(tuple(args))[self._more :]
+
+    def pack_with_text(self, keys: Sequence[str], args: Sequence[Arg]) -> bytes:
+        """The call for a server that has forgotten the script; ``keys`` is empty."""
+        return super().pack_with_text(self._keys, (*self._fixed, *args))
+
+
 class _Client(Protocol):
     async def execute_command(self, *args: Any, **options: Any) -> Any: ...
 

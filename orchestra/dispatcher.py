@@ -137,7 +137,7 @@ class Dispatcher(Service):
         self._retries = RetryGate(task_queue.name, retry_budget, self.outcomes)
         self._balancers = Balancers(load_balancer)
         self.workflows = workflows or StepRunner(None, task_queue, agents=self.agents)
-        execution = Execution(
+        self._execution = execution = Execution(
             task_queue.name,
             self.agents,
             replace(retry or Retry(), max_retries=default_max_retries),
@@ -192,6 +192,7 @@ class Dispatcher(Service):
         except BaseException:
             disclaim(self.scheduler)
             raise
+        self.queue.deliver_to(self.consumer, self._deliveries.arrived)
         self.pool.attach(self._deliveries)
         self._reader = self.spawn("read", self._read_loop)
         self._settler = self.spawn("settle", self._settlements.loop)
@@ -213,6 +214,7 @@ class Dispatcher(Service):
         finally:
             self._may_hurry = False
             disclaim(self.scheduler)
+            self.queue.deliver_to(self.consumer, None)
             self.pool.detach(self._deliveries)
             await self._cancel_loops()
             await within(GOODBYE, self._leases.aclose(), self.id, "the lease thread goes on")
@@ -323,6 +325,8 @@ class Dispatcher(Service):
         backoff = Reconnect()
         while True:
             try:
+                if (sooner := self._execution.take_sooner()) and self.queue.delays is not None:
+                    await self.queue.delays.hasten(sooner)  # lost in an outage, they come when they were told
                 work = await self._tick()
             except Exception as error:
                 if not is_outage(error):

@@ -9,8 +9,8 @@ returns the very object that was offered.
 The specification says O(1) for all strategies. That holds for the random ones. A rotation that stays fair while the offered
 workers change has to look at each of them: it is O(n) in n workers, in compiled code (``orchestra._ext.wrr``).
 
-Concurrency: thread-safe. Rotations change in one C call under the GIL; everything else that changes does so under one lock
-per strategy, and what a selection reads without it are immutable snapshots.
+Concurrency: thread-safe. Rotations change in one call of compiled code, which is atomic with a GIL or without; everything
+else that changes does so under one lock per strategy, and what a selection reads without it are immutable snapshots.
 """
 
 from __future__ import annotations

@@ -94,6 +94,7 @@ class InMemoryTaskQueue(BaseTaskQueue):
         self.max_deliveries = max_deliveries
         self.max_dead, self.max_task_bytes = max_dead, max_task_bytes
         self._store = MemoryStore(clock, max_length=max_length, dedup_window=dedup_window, result_ttl=result_ttl)
+        self.cancelled_steps = self.delays = self._store
         self._bells = Bells(clock)
         self._keepers: dict[str, list[LeaseLost]] = {}
         self._forget_held()

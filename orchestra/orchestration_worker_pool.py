@@ -12,6 +12,7 @@ counts, measures; knows nothing of queues or agents. One event loop; not thread-
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from typing import Any, Self, TypeVar
 
 from orchestra import telemetry
 from orchestra._agents.services import current_slot
+from orchestra._pool.beginning import awaken, begin
 from orchestra._pool.jobs import Job, JobQueue, check_job, checked_limits
 from orchestra._pool.metrics import Histogram, OrchestrationWorkerPoolMetrics
 from orchestra._pool.slots import MORE, More, Slot, Source
@@ -42,6 +44,10 @@ logger = logging.getLogger("orchestra.pool")
 
 TURN = 0.002
 """Seconds of work per turn of the event loop before I/O and timers get theirs."""
+REPLACE_AFTER = 0.01
+"""Seconds after which somebody follows a worker that has ended: a loop that cancels all its tasks is closed by then."""
+AT_ONCE = 64
+"""Workers that begin a turn together, at the most, after one that was too short for all: about what fills it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +109,8 @@ class QueueWorkerPool:
         self._changed: asyncio.Event | None = None
         self.closed = False
         self._turn_ends, self._turning, self._looped = 0.0, False, True
+        self._parked = 0
+        """Workers among the idle ones that only wait for the next turn of the event loop."""
 
     # -- submitting
 
@@ -233,21 +241,48 @@ class QueueWorkerPool:
         if source in self._sources:
             self._sources.remove(source)
 
-    def wake(self) -> None:
-        """Tell the workers that a source has something; they wake one another as far as needed."""
-        while self._idle:
+    def wake(self, count: int = 1) -> None:
+        """Tell ``count`` workers that a source has something; they wake one another as far as needed. O(count)."""
+        while self._idle and count > 0:
             waiter = self._idle.popleft().waiter
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
-                return
-        if len(self.slots) < self.capacity:
+                count -= 1
+        while count > 0 and len(self.slots) < self.capacity:
             self._spawn()
+            count -= 1
+
+    def _waiting(self) -> int:
+        """Items that could start, about; at least one where a source does not tell."""
+        told = [getattr(source, "waiting", None) for source in self._sources if source is not self]
+        return sum([1 if ask is None else ask() for ask in told], len(self._jobs))
+
+    def begin(self) -> None:
+        """:meth:`wake` for a callback of the event loop: an idle worker begins now (:mod:`orchestra._pool.beginning`).
+
+        Not from a task. It takes no more time of this turn of the loop than workers do.
+        """
+        now, slot = time.monotonic(), self._idle[0] if self._idle else None
+        in_time = now < self._turn_ends or self._looped
+        waiting = slot is not None and slot.waiter is not None and not slot.waiter.done()
+        if not (in_time and waiting) or self.closed or len(self.slots) > self.capacity:
+            self.wake()
+            return
+        if now >= self._turn_ends:
+            self._begin_turn(now)
+        slot = self._idle.popleft()
+        if not begin(slot, self._start_nowait):
+            self._idle.append(slot)
+            self._note_change()
 
     def _spawn(self) -> None:
         slot = Slot()
         self.slots.add(slot)
         self.metrics.active_workers = len(self.slots)
-        slot.task = asyncio.get_running_loop().create_task(self._work(slot), name=f"orchestra:{self.name}:worker")
+        slot.home = contextvars.copy_context()
+        slot.task = asyncio.Task(  # by no task factory: an eager one would run it here and now
+            self._work(slot), loop=asyncio.get_running_loop(), name=f"orchestra:{self.name}:worker", context=slot.home
+        )
         slot.task.add_done_callback(lambda task: self._ended(slot, task))
 
     def _ended(self, slot: Slot, task: asyncio.Task[None]) -> None:
@@ -256,8 +291,8 @@ class QueueWorkerPool:
         self._note_change()
         if not task.cancelled() and task.exception() is not None:
             logger.error("a worker of pool %s ended", self.name, exc_info=task.exception())
-            if not self.closed:
-                self.wake()
+        if not self.closed and self._waiting():  # its agent may have cancelled it; somebody is to do what it was to do
+            asyncio.get_running_loop().call_later(REPLACE_AFTER, lambda: self.closed or self.wake())
 
     def _start_nowait(self, slot: Slot) -> Awaitable[None] | More | None:
         metrics = self.metrics
@@ -281,19 +316,24 @@ class QueueWorkerPool:
         current_slot.set(slot)
         woken = True
         while len(self.slots) <= self.capacity and not task.cancelling():
-            if clock() >= self._turn_ends and not await self._breathe():
-                continue
-            rest = self._start_nowait(slot)
-            if rest is MORE:
-                continue
-            if rest is None:
-                if self.closed:
+            rest: Awaitable[None] | None = None
+            if clock() < self._turn_ends or await self._breathe():
+                started = self._start_nowait(slot)
+                if started is MORE:
+                    continue
+                if started is None and self.closed:
                     break
+                rest = started
+            else:
+                self._parked += 1
+            if rest is None:
                 await self._rest(slot)
                 woken = True
-                continue
+                rest, slot.rest = slot.rest, None
+                if rest is None:
+                    continue
             if woken:
-                self.wake()  # the baton: the next worker has its turn while this one waits, and passes it on
+                self.wake(min(1, self._waiting()))  # the baton: the next has its turn while this one waits
                 woken = False
             try:
                 await rest
@@ -344,20 +384,27 @@ class QueueWorkerPool:
         self._note_change()
 
     async def _breathe(self) -> bool:
-        """Begin a new turn; False for a worker that has to wait for it."""
+        """Begin a new turn; False for a worker that is to rest, because another is about to begin it.
+
+        However many are too late for a turn, one of them waits for the next, which wakes as many as may fill it: if all
+        looked whether it has come, each turn would cost as much as there are workers.
+        """
         now = time.monotonic()
         if self._looped and now - self._turn_ends > TURN:  # nothing ran lately, and the loop has had its chance
             self._begin_turn(now)
             return True
-        if not self._turning:
-            self._turning = True
-            asyncio.get_running_loop().call_soon(self._turn)
-        await asyncio.sleep(0)
-        return time.monotonic() < self._turn_ends
-
-    def _turn(self) -> None:
-        self._turning = False
-        self._begin_turn(time.monotonic())
+        if self._turning:
+            return False
+        self._turning = True
+        try:
+            await asyncio.sleep(0)
+        finally:
+            self._turning = False
+            self._begin_turn(time.monotonic())
+            parked, self._parked = self._parked, 0
+            if parked:
+                self.wake(min(parked, AT_ONCE, self._waiting()))
+        return True
 
     def _begin_turn(self, now: float) -> None:
         self._turn_ends, self._looped = now + TURN, False
@@ -371,10 +418,7 @@ class QueueWorkerPool:
         slot.waiter = asyncio.get_running_loop().create_future()
         self._idle.append(slot)
         self._note_change()
-        try:
-            await slot.waiter
-        finally:
-            slot.waiter = None
+        await awaken(slot)
 
     # -- size and end
 

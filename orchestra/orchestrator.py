@@ -23,7 +23,8 @@ from orchestra._shared import Connectable, shared
 from orchestra._workflow.driver import Driver
 from orchestra._workflow.inline import Inline, refuse_built_in
 from orchestra._workflow.local import NOT_NOW, LocalAgents, describe
-from orchestra._workflow.plan import compile_plan, validate_plan
+from orchestra._workflow.making import checked_plan
+from orchestra._workflow.plan import compile_plan
 from orchestra._workflow.planning import Plan, Planned, Planning, Template, Templates
 from orchestra._workflow.runner import StepRunner
 from orchestra._workflow.upkeep import sweep
@@ -181,7 +182,7 @@ class Orchestrator(Connectable):
         if isinstance(task, dict):
             task = _task(task.get("id") or new_task_id(), task)
         if plan is not None:
-            plan = validate_plan(plan, actions=self._known_actions())
+            plan = await checked_plan(plan, actions=self._known_actions())
         async with self._turn(task.id):
             await self._begin(task, plan)
         return task.id

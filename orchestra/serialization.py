@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from orchestra._ext import codec
 from orchestra._ext.codec import TaskHeader
 from orchestra.errors import CorruptEntryError, InvalidTaskError, InvalidTaskTypeError, TaskTooLargeError
+from orchestra.tasks import BaseTask
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -34,7 +35,9 @@ __all__ = [
     "decode_task",
     "dumps",
     "encode_task",
+    "encode_tasks",
     "loads",
+    "make_task",
     "new_task_id",
 ]
 
@@ -148,6 +151,7 @@ _encode = _CODEC.encode
 _decode_header = codec.decode_header
 _decode_body = _CODEC.decode_body
 _decode = _CODEC.decode
+_make = codec.TaskMaker(_CODEC, BaseTask).make
 
 
 def _refusal(error: codec.EncodeError | codec.EncodeTypeError) -> InvalidTaskError:
@@ -179,6 +183,16 @@ def encode_task(
         raise _refusal(error) from None
 
 
+def encode_tasks(
+    tasks: list[Any], *, max_bytes: int = MAX_TASK_BYTES, reply: str | None = None, flags: int = 0
+) -> list[EncodedTask]:
+    """:func:`encode_task` for each of ``tasks``; those without an id get one of the same moment. Raises for the first that cannot travel."""
+    try:
+        return _CODEC.encode_many(tasks, _ids, time(), max_bytes, reply, flags)
+    except (codec.EncodeError, codec.EncodeTypeError) as error:
+        raise _refusal(error) from None
+
+
 def decode_header(frame: bytes) -> TaskHeader:
     """Id, type, lane and limits of a frame, without looking at its body. O(1).
 
@@ -198,6 +212,18 @@ def decode_body(frame: bytes, header: TaskHeader) -> dict[str, Any]:
     try:
         return _decode_body(frame, header)
     except codec.DecodeError as error:
+        raise CorruptEntryError(f"task {header.id}: {error}") from error
+
+
+def make_task(frame: bytes, header: TaskHeader | None, attempt: int, fence: int) -> tuple[TaskHeader, BaseTask]:
+    """Header and task of a frame, as an agent is handed it; ``header``: if it was decoded before. O(size).
+
+    Raises: CorruptEntryError as :func:`decode_header` and :func:`decode_body`, and if the metadata are no map.
+    """
+    try:
+        return _make(frame, header, attempt, fence)
+    except codec.DecodeError as error:
+        header = header or decode_header(frame)  # if it is the header that cannot be read, this says so
         raise CorruptEntryError(f"task {header.id}: {error}") from error
 
 

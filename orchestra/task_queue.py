@@ -14,7 +14,7 @@ import functools
 import logging
 import time
 import weakref
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -33,6 +33,7 @@ from orchestra._queue.base import (
 from orchestra._queue.cancellation import Canceller, CancelMarks
 from orchestra._queue.census import Census
 from orchestra._queue.dead_letters import DeadLetters
+from orchestra._queue.delays import StreamDelays
 from orchestra._queue.intake import Intake
 from orchestra._queue.locks import RedisLock
 from orchestra._queue.produce import StreamProducer
@@ -123,7 +124,8 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         self._dead_letters = DeadLetters(self.keys, self._commands, patience)
         self._census = Census(stream_name, self.keys, self.group, self._commands, patience)
         self._cancels = CancelMarks()
-        self._canceller = Canceller(
+        self.delays = StreamDelays(self.keys, self._commands)
+        self.cancelled_steps = self._canceller = Canceller(
             stream_name, self.keys, self.group, self._commands, result_ttl=result_ttl, patience=patience
         )
         self._intake = self._make_intake(5 * self.lease if max_stall is None else max_stall)
@@ -259,6 +261,10 @@ class RedisStreamTaskQueue(BaseTaskQueue):
             StoreUnavailableError: at once; the caller decides when to try again.
         """
         return await self._intake.read(consumer, count, block_ms, exact)
+
+    def deliver_to(self, consumer: str, take: Callable[[list[Delivery]], None] | None) -> None:
+        """See :meth:`BaseTaskQueue.deliver_to`: saves a task that arrives at an idle worker a turn of the event loop."""
+        self._intake.deliver_to(consumer, take)
 
     async def _read_safely(self, consumer: str, count: int, block_ms: int) -> list[Delivery]:
         """:meth:`read` that may be cancelled: what it brings after that is released."""

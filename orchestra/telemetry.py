@@ -127,6 +127,8 @@ EVENTS: dict[str, Event] = {
 }
 
 _handlers: dict[str, tuple[Handler, ...]] = {}
+listened = _handlers.keys()
+"""The events that somebody listens to, as they are now: what :func:`wanted` asks, for paths that count every call."""
 _changing = threading.Lock()
 
 

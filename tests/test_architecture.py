@@ -18,10 +18,10 @@ PACKAGE = ROOT / "orchestra"
 # An import points to an earlier row; modules of one row do not import each other. Rows that begin with the same
 # number are one layer of ARCHITECTURE.md, in the order in which its modules build on each other.
 LAYERS = (
-    ("0", "_version _ext.heap _ext.gcra _ext.wrr _ext.codec _ext.step"),
+    ("0", "_version _ext.heap _ext.gcra _ext.wrr _ext.codec _ext.step _ext.wire"),
     ("1 words", "errors _clock"),
     ("1 words", "tasks _workflow.refs"),
-    ("1 words", "_workflow.conditions"),
+    ("1 words", "_workflow.conditions _process"),
     ("1 words", "_workflow.rules"),
     ("1 words", "_workflow.plan"),
     ("1 words", "_durability"),
@@ -32,25 +32,25 @@ LAYERS = (
             "_scheduling _inheritance _pool.jobs _pool.slots _limiting.twin"
         ),
     ),
-    ("2 instruments", "_backoff _agents.services"),
+    ("2 instruments", "_backoff _agents.services _pool.beginning"),
     ("2 instruments", "_lifecycle"),
     (
         "3 the edge to Redis",
-        "_redis.client_connections _redis.errors _redis.server_settings _redis.watchdog _keys _scripts",
+        "_redis.client_connections _redis.endpoint _redis.errors _redis.server_settings _redis.watchdog _keys _scripts",
     ),
     ("3 the edge to Redis", "_redis.wire embedded"),
     ("3 the edge to Redis", "_redis.address"),
     ("3 the edge to Redis", "connections"),
     ("4 what travels", "serialization _redis.link _documents"),
     ("4 what travels", "_delivery _redis.durable_send _workflow.states _workflow.tail"),
-    ("4 what travels", "_workflow.record"),
+    ("4 what travels", "_workflow.record _workflow.unblocked"),
     ("4 what travels", "_workflow.pipeline"),
     ("4 what travels", "_workflow.answers _workflow.saving _workflow.twin_moves _workflow.redis_store"),
     ("4 what travels", "_workflow.twin_ops"),
     ("4 what travels", "_workflow.twin"),
     (
         "5 parts of components",
-        "_queue.cancellation _queue.base _queue.produce _queue.read _queue.settle _queue.dead_letters _queue.replies",
+        "_queue.cancellation _queue.base _queue.produce _queue.read _queue.settle _queue.dead_letters _queue.delays _queue.replies",
     ),
     ("5 parts of components", "_queue.stall _queue.ghosts _queue.group _queue.reaper"),
     ("5 parts of components", "_limiting.store"),
@@ -72,6 +72,7 @@ LAYERS = (
     ("5 components", "_limiting.use _agents.children _workflow.store"),
     ("5 components", "_workflow.driving"),
     ("5 components", "_workflow.looking"),
+    ("5 components", "_workflow.making"),
     ("5 components", "_agents.context"),
     ("5 components", "_agents.registry"),
     ("5 components", "_agents.planner _agents.executor"),
@@ -118,6 +119,7 @@ OWNERS = {
     "wrr": "load_balancer",
     "codec": "serialization",
     "step": "isolation",
+    "wire": "_delivery",
 }
 PARTS = {".".join(file.parent.relative_to(PACKAGE).parts): file for file in PACKAGE.rglob("_*/__init__.py")}
 """Private packages: what a component is made of. Their modules have rows of their own, wherever they lie."""

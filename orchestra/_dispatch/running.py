@@ -12,11 +12,12 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestra import telemetry
 from orchestra._agents.services import Services
 from orchestra._delivery import DONE, Again, Delivery
+from orchestra._dispatch.prefetch import SMALL
 from orchestra._dispatch.settlements import tell_settled
 from orchestra._dispatch.stuck import STUCK_AFTER
 from orchestra._execution import CANCELLED, COMPLETED, RELEASED, Ended
@@ -91,8 +92,14 @@ class Running:
         """Deliveries that were read and have not ended."""
         return self.count + self._scheduler.get_queue_size() + len(self._quarantine.waiting)
 
-    def offer(self, found: Sequence[Delivery]) -> None:
+    def arrived(self, found: Sequence[Delivery]) -> None:
+        """:meth:`offer` in the very callback of the event loop in which they came: a few start there and then."""
+        self.offer(found, at_once=len(found) < SMALL)
+
+    def offer(self, found: Sequence[Delivery], *, at_once: bool = False) -> None:
         """Put deliveries into the heap and wake a worker; release them when draining."""
+        if not found:
+            return
         if self.draining:
             for delivery in found:
                 self.end(delivery, RELEASED)
@@ -105,7 +112,9 @@ class Running:
         except asyncio.QueueFull:  # it has a limit, and somebody else adds to it
             for left in found[found.index(delivery) :]:
                 self.end(left, RELEASED)
-        if found:
+        if at_once:
+            self.pool.begin()
+        else:
             self.pool.wake()
 
     def release_waiting(self) -> None:
@@ -124,11 +133,16 @@ class Running:
         return None
 
     def _pop(self) -> Delivery | None:
-        while (item := self._scheduler.pop_nowait()) is not None:
+        return self._startable(self._scheduler.pop_nowait())
+
+    def _startable(self, item: Any) -> Delivery | None:
+        """``item``, which was the most urgent; or what follows, where it is none of ours any more."""
+        while item is not None:
             if type(item) is not Delivery:
                 logger.error("%s drops %.200r: no queue delivered it; add tasks with produce()", self._name, item)
             elif not (item.lost or self._cancels) or self._may_start(item):
                 return item
+            item = self._scheduler.pop_nowait()
         return None
 
     def _may_start(self, item: Delivery) -> bool:
@@ -148,6 +162,10 @@ class Running:
             return False
 
     # -- running: the pool's source
+
+    def waiting(self) -> int:
+        """Deliveries that could start; see :class:`~orchestra.orchestration_worker_pool.Source`."""
+        return self._scheduler.get_queue_size() + len(self._quarantine.waiting)
 
     def capacity_changed(self) -> None:
         """The pool can run more, or less, at once: there may be room to read."""
@@ -170,20 +188,27 @@ class Running:
 
     def _run_nowait(self, slot: Slot, until: float) -> Awaitable[None] | More | None:
         start, clock, completed = self._execution.start_nowait, time.monotonic, 0
+        pop, quarantine, done = self._scheduler.pop_nowait, self._quarantine, self._verdicts.append
         timed = self.pool.measuring or telemetry.wanted("task.settled")
         assert slot.task is not None, "a worker starts what it can wait for"
         began, cancelled = clock(), slot.task.cancelling
         try:
-            while (item := self._take_nowait()) is not None:
+            while True:
+                if self.draining or quarantine.shut:
+                    item = self._take_nowait()
+                elif type(item := pop()) is not Delivery or item.lost or self._cancels:
+                    item = self._startable(item)
+                if item is None:
+                    return None
                 slot.item = item
                 try:
                     ended = start(item, slot)
                 except BaseException as error:
                     self.end(item, _given_up(error))
                     raise
-                if ended is COMPLETED and not timed and item is not self._quarantine.inside:
+                if ended is COMPLETED and not timed and item is not quarantine.inside:
                     completed += 1  # counted together: this is the way of most tasks
-                    self._verdicts.append((item, DONE))
+                    done((item, DONE))
                 elif isinstance(ended, Ended):
                     self._ran(item, ended, clock() - began)
                 else:
@@ -193,7 +218,6 @@ class Running:
         finally:
             if completed:
                 self._count_ended(Outcome.COMPLETED, completed)
-        return None
 
     async def _finish(self, item: Delivery, slot: Slot, rest: Awaitable[Ended], began: float) -> None:
         """Wait for the end of a delivery and queue its verdict."""

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from orchestra import _process
 from orchestra._front.loading import load_app
 from orchestra._jobs.tally import Event, Tally, watch
 from orchestra.app import App
@@ -265,6 +266,7 @@ async def _work(orders: Orders, voice: _Voice) -> None:
     detach = watch(voice.take)
     try:
         async with app:
+            _process.set_heap_aside()
             await dispatcher.start()
             ended = asyncio.ensure_future(_ended(dispatcher))
             voice.say(ready=True)
@@ -286,7 +288,7 @@ def main() -> int:
     voice = _Voice()
     orders = Orders(**json.loads(sys.stdin.readline()))
     try:
-        asyncio.run(_work(orders, voice))
+        _process.run(_work(orders, voice))
     except OrchestraError as error:
         voice.say(fault=str(error))
         return 1

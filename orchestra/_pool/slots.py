@@ -9,6 +9,7 @@ import asyncio
 import enum
 import time
 from collections.abc import Awaitable
+from contextvars import Context
 from typing import Any, Final, Protocol
 
 from orchestra.tasks import Outcome
@@ -19,6 +20,7 @@ class Slot:
 
     ``deadline``: when to interrupt it, monotonic seconds; ``final``: no retry follows, that deadline is the task's.
     ``replica``, ``balancer``, ``era``: who runs it, who chose him, and the state of his breaker then.
+    ``home``: the context of its task; ``rest``: what has begun here already and is to be awaited.
     ``why`` it was interrupted, at ``interrupted_at``. ``abandoned``: given up by :meth:`~orchestra.orchestration_worker_pool.QueueWorkerPool.abandon`.
     """
 
@@ -29,9 +31,11 @@ class Slot:
         "deadline",
         "era",
         "final",
+        "home",
         "interrupted_at",
         "item",
         "replica",
+        "rest",
         "source",
         "task",
         "waiter",
@@ -42,6 +46,8 @@ class Slot:
         self.abandoned = self.final = False
         self.interrupted_at = 0.0
         self.context: Any = None
+        self.home: Context | None = None
+        self.rest: Awaitable[None] | None = None
         self.replica: Any = None
         self.balancer: Any = None
         self.era: int | None = None
@@ -80,7 +86,8 @@ class Source(Protocol):
     Neither it nor what is awaited may raise, except CancelledError when the pool itself is cancelled. An interruption
     reaches what is awaited as a CancelledError with ``slot.why`` set; it swallows that, and the pool takes the
     cancellation back. A source that has seen an interruption ignored may :meth:`~orchestra.orchestration_worker_pool.QueueWorkerPool.abandon` the slot, and
-    then ignores what comes of it. A source that has ``capacity_changed()`` is told when more or fewer items can run at once.
+    then ignores what comes of it. A source that has ``capacity_changed()`` is told when more or fewer items can run at once;
+    one that has ``waiting()`` says how many items could start, so that no more workers are woken than it takes.
     """
 
     def start_nowait(self, slot: Slot, until: float) -> Awaitable[None] | More | None:

@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from itertools import islice
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
-from orchestra._delivery import WANTS_RESULT, Again, Bury, Delivery, Verdict, frame_of
-from orchestra.serialization import EncodedTask, encode_task, new_task_id
+from orchestra._delivery import WANTS_RESULT, Again, Bury, Delivery, Sooner, Verdict, frame_of
+from orchestra.serialization import EncodedTask, encode_tasks, new_task_id
 from orchestra.tasks import Cancellation, DeadLetter, TaskDict
 
 YIELD_EVERY = 500
@@ -98,12 +99,33 @@ class Maintenance:
     suspects: int = 0
 
 
+class CancelledSteps(Protocol):
+    """Tasks that were cancelled and carried steps of workflows, kept until their workflows have been told."""
+
+    async def steps(self, count: int) -> list[tuple[str, bytes]]:
+        """Up to ``count`` of them, in no order: task id and frame. One round trip."""
+
+    async def forget_steps(self, task_ids: Sequence[str]) -> None:
+        """Their workflows have been told. One round trip."""
+
+
+class Delays(Protocol):
+    """What may be asked of a queue's delayed tasks."""
+
+    async def hasten(self, moves: Sequence[Sooner]) -> int:
+        """Let throttled tasks come back sooner; returns how many do. Others, and those that moved on, stay."""
+
+
 class BaseTaskQueue(abc.ABC):
     """Hands tasks to consumers at least once, most urgent lane first."""
 
     name: str = "queue"
     lease: float = 60.0
     """Seconds a delivery is exclusive, unless it is renewed."""
+    cancelled_steps: CancelledSteps | None = None
+    """What workflows are still to be told; None: a queue of somebody's own, which keeps none."""
+    delays: Delays | None = None
+    """How delayed tasks are hastened; None: a queue of somebody's own, where they come when they were told."""
 
     # -- the specification
 
@@ -185,10 +207,16 @@ class BaseTaskQueue(abc.ABC):
         """Up to ``count`` deliveries for ``consumer``, waiting up to ``block_ms`` (0: not at all) for the first."""
         out = []
         for message_id, task_data in await self.consume(consumer, count, block_ms):
-            delivery = Delivery(task_data.get("priority", 2), b"", (b"t", frame_of(task_data)), consumer)
-            delivery.entry = message_id.encode()
-            out.append(delivery)
+            lane = task_data.get("priority", 2)
+            out.append(Delivery(lane, message_id.encode(), (b"t", frame_of(task_data)), consumer))
         return out
+
+    def deliver_to(self, consumer: str, take: Callable[[list[Delivery]], None] | None) -> None:
+        """Let a read of ``consumer`` that blocks hand what arrives to ``take`` at once, and then return nothing.
+
+        A queue may ignore this, and so may any of its reads: what they return is to be taken as well. ``take`` must
+        not raise. None: no longer.
+        """
 
     async def wake(self, consumer: str) -> None:
         """Make a blocked read of ``consumer`` return soon."""
@@ -252,10 +280,11 @@ async def encode_all(tasks: Iterable[TaskDict], max_bytes: int, reply: str | Non
 
     ``reply`` names the client that wants the results, None when nobody does.
     """
-    flags, encoded = 0 if reply is None else WANTS_RESULT, []
-    for number, task in enumerate(tasks, 1):
-        encoded.append(encode_task(task, max_bytes=max_bytes, reply=reply, flags=flags))
-        if number % YIELD_EVERY == 0:
+    flags, encoded = 0 if reply is None else WANTS_RESULT, list[EncodedTask]()
+    rest = iter(tasks)
+    while part := list(islice(rest, YIELD_EVERY)):
+        encoded += encode_tasks(part, max_bytes=max_bytes, reply=reply, flags=flags)
+        if len(part) == YIELD_EVERY:
             await asyncio.sleep(0)
     return encoded
 

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from orchestra._delivery import Again, Delivery, Verdict
+from orchestra._delivery import Again, Delivery, Verdict, hold
 from orchestra._keys import QueueKeys
 from orchestra._queue.base import LeaseLost, Maintenance
 from orchestra._queue.ghosts import Ghosts
@@ -76,6 +76,7 @@ class Intake:
         self.group = StreamGroup(queue, keys, group, commands, patience, self._gone)
         self.held: tuple[dict[bytes, Delivery], ...] = tuple({} for _ in keys.streams)
         self._consumers: dict[str, _Consumer] = {}
+        self._takers: dict[str, Callable[[list[Delivery]], None]] = {}
         self._keepers: dict[str, LeaseKeeper] = {}
         self._taking = asyncio.Lock()
         self._taking_since = math.inf
@@ -110,13 +111,32 @@ class Intake:
             del found[count:]
         return found
 
+    def deliver_to(self, consumer: str, take: Callable[[list[Delivery]], None] | None) -> None:
+        """See :meth:`~orchestra._queue.base.BaseTaskQueue.deliver_to`."""
+        if take is None:
+            self._takers.pop(consumer, None)
+        else:
+            self._takers[consumer] = take
+        if consumer in self._consumers:
+            self._consumers[consumer].reader.arrived = self._arrived(consumer)
+
+    def _arrived(self, consumer: str) -> Callable[[list[Delivery]], None] | None:
+        """What holds and hands over the deliveries of a blocked read, in the callback in which they arrive."""
+        take, held = self._takers.get(consumer), self.held
+        if take is None:
+            return None
+
+        def arrived(found: list[Delivery]) -> None:
+            hold(held, found)
+            take(found)
+
+        return arrived
+
     async def _receive(self, mine: _Consumer, count: int, block_ms: int, exact: bool) -> list[Delivery]:
         mine.asked = time.monotonic()
         try:
             found = await mine.reader.read(count, block_ms, exact=exact)
-            held = self.held
-            for delivery in found:
-                held[delivery.stream][delivery.entry] = delivery
+            hold(self.held, found)
         except GroupMissingError as error:
             logger.warning("queue %s: %s", self._queue, error)
             self._upkeep.stay_quiet("server_changed" if await self.group.verify() else "")
@@ -269,7 +289,9 @@ class Intake:
         if consumer not in self._consumers:
             ghosts = Ghosts(self._queue, self._keys, self._group_name, consumer, self.held, self._commands)
             link = Link(manager, "reader", self._queue, self._upkeep.reopened)
-            self._consumers[consumer] = _Consumer(StreamReader(self._keys, self._group_name, consumer, link), ghosts)
+            reader = StreamReader(self._keys, self._group_name, consumer, link)
+            reader.arrived = self._arrived(consumer)
+            self._consumers[consumer] = _Consumer(reader, ghosts)
         return self._consumers[consumer]
 
     def reopened(self) -> None:

@@ -22,7 +22,7 @@ from orchestra._keys import QueueKeys
 from orchestra._redis.durable_send import GROUP, Confirmed, DurableSender
 from orchestra._redis.errors import ReplyError, reply_error
 from orchestra._redis.link import Call, Link, in_doubt
-from orchestra._scripts import Arg, script
+from orchestra._scripts import Arg, Bound, script
 from orchestra.errors import DurabilityError, QueueFullError, StoreError, StoreFullError, StreamExhaustedError
 from orchestra.serialization import EncodedTask
 from orchestra.tasks import require_int, require_number
@@ -112,7 +112,7 @@ class StreamProducer:
         self._max_length, self._max_dead = max_length, max_dead
         self._limits: Arg = f"{max_length} {max_dead}" if max_dead else max_length
         self._dedup_ms = int(dedup_window * 1000)
-        self._patience = patience
+        self._patience = self._patient = patience
         self._keys: tuple[str, ...] = (
             *(*keys.lanes, keys.delayed, keys.bodies, *keys.dedup, *keys.tokens, keys.counters),
             *((keys.dlq, *keys.fronts) if max_dead or max_length else ()),
@@ -123,39 +123,62 @@ class StreamProducer:
         self._outbox: list[tuple[EncodedTask, asyncio.Future[str]]] = []
         self._sending: set[asyncio.Task[None]] = set()
         self._script = script("produce")
+        limited = bool(max_dead or max_length)
+        self._singles = None if limited else (self._lanes(keys, own_ids=False), self._lanes(keys, own_ids=True))
+        """The calls that add one task: by whether it has an id of its own, and by lane. Limits are for ``_script``."""
+        self._posting = False
+        """Whether a task that was sent at once has not been answered yet."""
         self._posted: asyncio.Future[None] | None = None
-        """Done when the task has been answered that was sent at once."""
+        """Done when it has been; made when somebody waits for that."""
+        self._known: Link | None = None
+        self._together = self._durability.wanted > 0
+        """Whether even a single task waits for what else is posted in this turn."""
 
-    async def post(self, task: EncodedTask) -> str:
-        """Send one task; returns its message id.
+    def _lanes(self, keys: QueueKeys, *, own_ids: bool) -> tuple[Bound, ...]:
+        """What adds one task without delay, of each lane."""
+        buckets, window = (keys.dedup, self._dedup_ms) if own_ids else (keys.tokens, TOKEN_WINDOW_MS)
+        one, kind = script("produce_one"), "id" if own_ids else "token"
+        return tuple(
+            Bound(one, (key, *buckets, keys.counters), (window, lane, kind), 2) for lane, key in enumerate(keys.lanes)
+        )
+
+    def post(self, task: EncodedTask) -> Awaitable[str]:
+        """Send one task; what is returned gives its message id, and is to be awaited at once.
 
         The first goes at once; those posted while it is under way wait for the end of this iteration of the loop, and
         travel together.
         """
+        if not (self._posting or self._outbox or self._together):
+            return self._post_at_once(task)
         loop = asyncio.get_running_loop()
-        if not (self._posted or self._outbox or self._durability.wanted):
-            posted = self._posted = loop.create_future()
-            try:
-                return await self._post_at_once(task)
-            finally:
-                self._posted = None
-                posted.set_result(None)
         future: asyncio.Future[str] = loop.create_future()
         self._outbox.append((task, future))
         if len(self._outbox) == 1:
             loop.call_soon(self._flush)
-        return await future
+        return future
 
     async def _post_at_once(self, task: EncodedTask) -> str:
-        link, began = await self._link(), time.monotonic()
-        chunk, ids = (task,), list[str]()
-        args = self._args(chunk, _token(own_ids=task.own_id))
+        """A single task is a matter of latency: few calls lie between this and the write."""
+        self._posting = True
         try:
-            reply = await link.script(self._script, self._keys, args, self._patience_for(link))
-        except StoreError as error:
-            raise self._explain(error, 1) from error
-        self._tell_produced(1, self._read(reply, chunk, ids), began)
-        return ids[0]
+            link, began = self._known, time.monotonic()
+            if link is None or link.ready() is None:
+                link = self._known = await self._link()
+                self._patient = self._patience_for(link)
+            try:
+                reply = await link.script(*self._call((task,), own_ids=task.own_id), self._patient)
+            except StoreError as error:
+                raise self._explain(error, 1) from error
+            ids: list[str] = []
+            repeats = self._read(reply, (task,), ids)
+            if telemetry.wanted("queue.produced"):
+                self._tell_produced(1, repeats, began)
+            return ids[0]
+        finally:
+            self._posting = False
+            if self._posted is not None:
+                self._posted.set_result(None)
+                self._posted = None
 
     async def send(self, tasks: list[EncodedTask]) -> list[str]:
         """Send tasks; returns their message ids in order. See :class:`~orchestra.task_queue.RedisStreamTaskQueue`."""
@@ -176,8 +199,10 @@ class StreamProducer:
 
     async def settled(self) -> None:
         """Wait until everything that was posted has been answered."""
-        while self._posted or self._outbox or self._sending:
+        while self._posting or self._outbox or self._sending:
             self._flush()
+            if self._posting and self._posted is None:
+                self._posted = asyncio.get_running_loop().create_future()
             await asyncio.wait([*self._sending, *((self._posted,) if self._posted else ())])
             await asyncio.sleep(0)  # their done callbacks, which take them out of the set, run in this turn
 
@@ -222,11 +247,8 @@ class StreamProducer:
         window: deque[tuple[list[EncodedTask], asyncio.Task[Any]]] = deque()
         try:
             for chunk in _chunks(tasks):
-                args = self._args(chunk, _token(own_ids=own_ids))
-                if durable:
-                    sending = self._safely(link, args, patience, tally)
-                else:
-                    sending = link.script(self._script, self._keys, args, patience)
+                call = self._call(chunk, own_ids=own_ids)
+                sending = self._safely(link, call, patience, tally) if durable else link.script(*call, patience)
                 window.append((chunk, asyncio.ensure_future(sending)))
                 await asyncio.sleep(0)  # lets it be written before the next chunk is packed
                 if len(window) == (GROUP if durable else CHUNKS_IN_FLIGHT):
@@ -244,7 +266,7 @@ class StreamProducer:
             facts = {"count": count, "duplicates": repeats, "duration_s": time.monotonic() - began}
             telemetry.emit("queue.produced", facts, {"queue": self._queue})
 
-    async def _safely(self, link: Link, args: list[Arg], patience: float, tally: _Tally) -> Any:
+    async def _safely(self, link: Link, call: Call, patience: float, tally: _Tally) -> Any:
         """Run the script over the connection that waits for durability; ``tally`` learns how far it came.
 
         After one miss the rest of the call is added without waiting: its outcome is known already.
@@ -252,7 +274,7 @@ class StreamProducer:
         if self._durable is None:
             self._durable = DurableSender(Link(link.manager, "durable", self._queue), self._durability)
         wait = tally.reached == self._durability.wanted
-        confirmed = await self._durable.send(Call(self._script, self._keys, args), patience, wait=wait)
+        confirmed = await self._durable.send(call, patience, wait=wait)
         if isinstance(confirmed.reply, ReplyError):
             error = reply_error(confirmed.reply, link.manager.address.safe)
             raise in_doubt(error) if confirmed.repeated else error from confirmed.reply
@@ -276,8 +298,10 @@ class StreamProducer:
         return self._read(reply, chunk, ids)
 
     @staticmethod
-    def _read(reply: list[bytes], chunk: Sequence[EncodedTask], ids: list[str]) -> int:
+    def _read(reply: bytes | Sequence[bytes], chunk: Sequence[EncodedTask], ids: list[str]) -> int:
         """Append the message ids that the script answered for ``chunk``; returns how many were repeats."""
+        if isinstance(reply, bytes):
+            reply = (reply,)
         if reply and reply[0] == b"!":
             reply = _expand(reply[1].decode().split(), chunk)
         repeats = 0
@@ -290,6 +314,13 @@ class StreamProducer:
             else:
                 ids.append(f"{task.lane}:{answer.decode()}")
         return repeats
+
+    def _call(self, chunk: Sequence[EncodedTask], *, own_ids: bool) -> Call:
+        """What adds ``chunk``: for a single task the script for one, unless it is delayed or there are limits."""
+        if len(chunk) == 1 and self._singles is not None and not chunk[0].delay:
+            task_id, lane, frame, _, _ = chunk[0]
+            return Call(self._singles[own_ids][lane], (), (task_id if own_ids else _token(), frame))
+        return Call(self._script, self._keys, self._args(chunk, "" if own_ids else _token()))
 
     def _args(self, chunk: Sequence[EncodedTask], token: str) -> list[Arg]:
         args: list[Arg] = [self._limits, self._dedup_ms, TOKEN_WINDOW_MS, token]
@@ -351,9 +382,9 @@ class StreamProducer:
         )
 
 
-def _token(*, own_ids: bool) -> str:
-    """What the script knows a repeat of one call by; own ids are known by themselves."""
-    return "" if own_ids else f"{_process}{next(_serial):x}"
+def _token() -> str:
+    """What the script knows a repeat of one call by; not needed for own ids, which are known by themselves."""
+    return f"{_process}{next(_serial):x}"
 
 
 def _chunks(tasks: list[EncodedTask]) -> Iterator[list[EncodedTask]]:

@@ -10,10 +10,10 @@ What is asked for together never exceeds the count, so nothing has to be put bac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from orchestra._delivery import Delivery
+from orchestra._delivery import Delivery, arrivals
 from orchestra._keys import QueueKeys
 from orchestra._redis.link import Call, Link
 from orchestra._redis.wire import ReplyError, Wire, pack, reply_code, reply_error
@@ -38,11 +38,33 @@ LAST = len(ORDER) - 1
 PROBES = 32
 """Of a large read, one part in so many is asked of each stream above the busy one."""
 
-_SHAPELESS = (TypeError, ValueError, LookupError, AttributeError)
+_SHAPELESS = (TypeError, ValueError, LookupError, AttributeError, OverflowError)
 
 
 class GroupMissingError(Exception):
     """The stream or its group is gone (FLUSHALL, DEL, XGROUP DESTROY)."""
+
+
+class _Given:
+    """Hands the replies to one blocking read over as they arrive; what it cannot take is left to whoever awaits them."""
+
+    __slots__ = ("count", "each", "reader", "taken")
+
+    def __init__(self, reader: StreamReader, count: int, each: int) -> None:
+        self.reader, self.count, self.each = reader, count, each
+        self.taken = False
+
+    def __call__(self, replies: list[Any]) -> None:
+        reader = self.reader
+        if reader.arrived is None:
+            return
+        try:
+            found = reader._blocked_found(replies, self.each)
+        except (GroupMissingError, StoreError):
+            return
+        if found and len(found) <= self.count:
+            self.taken = True
+            reader.arrived(found)
 
 
 class StreamReader:
@@ -66,6 +88,8 @@ class StreamReader:
         """The lane that has to wait for that."""
         self._rank = 0
         self._take = script("take")
+        self.arrived: Callable[[list[Delivery]], None] | None = None
+        """Gets what a blocking read brings in the callback in which it arrives; such a read returns nothing."""
 
     async def read(self, count: int, block_ms: int, *, exact: bool = False) -> list[Delivery]:
         """Up to ``count`` deliveries; waits up to ``block_ms`` for the first.
@@ -150,12 +174,21 @@ class StreamReader:
         self._blocked = True
         try:
             timeout = block_ms / 1000 + min(BLOCK_MARGIN, self.link.manager.timeout)
-            found = self._collect(await self.link.send(pack((command,)), 1, timeout, shared=False))
+            given = _Given(self, count, each) if self.arrived is not None else None
+            replies = await self.link.send(pack((command,)), 1, timeout, shared=False, arrived=given)
         finally:
             self._blocked = False
-        self._flooded = any(len(entries) >= each for entries in found.values())
-        if self._flooded:
-            self._busy = min(place for place, entries in found.items() if len(entries) >= each)
+        return self._blocked_found(replies, each) if given is None or not given.taken else []
+
+    def _blocked_found(self, replies: list[Any], each: int) -> list[Delivery]:
+        """What a blocking read has brought, ``each`` of a stream at the most."""
+        found = self._collect(replies)
+        full = [place for place, entries in found.items() if len(entries) >= each]
+        self._flooded = bool(full)
+        if full:
+            self._busy = min(full)
+        if len(found) == 1:
+            return next(iter(found.values()))
         return [delivery for place in sorted(found) for delivery in found[place]]
 
     def _command(self, count: int, places: Sequence[int], block_ms: int = 0) -> tuple[Any, ...]:
@@ -179,7 +212,7 @@ class StreamReader:
     def _deliveries(self, number: int, entries: list[Any]) -> list[Delivery]:
         consumer, rank = self.consumer, self._rank
         self._rank = rank + len(entries)
-        return [Delivery(number, entry, fields, consumer, 1, rank + i) for i, (entry, fields) in enumerate(entries)]
+        return arrivals(Delivery, number, entries, consumer, rank)
 
     async def _identify(self) -> None:
         """Learn the server's id of this connection, by which :meth:`wake` can be told apart from the others."""

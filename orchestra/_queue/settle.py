@@ -6,7 +6,6 @@ Deliveries of one stream and one kind of verdict travel in one script call, and 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +21,8 @@ from orchestra._delivery import (
     completed_record,
     corrupt_verdict,
     dead_record,
+    sift,
+    with_ids,
 )
 from orchestra._keys import QueueKeys
 from orchestra._redis.link import Call
@@ -33,7 +34,17 @@ from orchestra.tasks import LANES
 RANGE_WORTH = 4
 """One range check is used while it reads at most so many pending rows for each id it saves looking up."""
 
-_rank = operator.attrgetter("rank")
+
+class _WithIds(Call):
+    """A call whose last arguments are the entry ids of ``deliveries``, packed without a Python object for each."""
+
+    deliveries: list[Delivery]
+
+    def pack(self) -> bytes:
+        return with_ids(super().pack(), self.deliveries)
+
+    def pack_with_text(self) -> bytes:
+        return with_ids(super().pack_with_text(), self.deliveries)
 
 
 class Settling(NamedTuple):
@@ -60,19 +71,21 @@ class SettlePlanner:
 
     def plan(self, batch: Sequence[tuple[Delivery, Verdict]], held: Sequence[int]) -> list[Settling]:
         """The calls for ``batch``; ``held[lane]`` bounds how many entries of a lane this process has pending."""
-        plain: dict[tuple[int, str], list[Delivery]] = {}
+        plain, others = sift(batch, DONE)
+        calls = [self._plain(number, consumer, *group, held[number]) for (number, consumer), group in plain.items()]
+        return calls + self._others(others, held) if others else calls
+
+    def _others(self, batch: Sequence[tuple[Delivery, Verdict]], held: Sequence[int]) -> list[Settling]:
+        """The calls for verdicts that say more than that a task is done."""
+        done: list[tuple[Delivery, Verdict]] = []
         rest: dict[tuple[int, str, type], list[tuple[Delivery, Any]]] = {}
         for delivery, verdict in batch:
-            key = (delivery.stream, delivery.consumer)
-            if verdict is DONE:
-                plain.setdefault(key, []).append(delivery)
-                continue
             final = self._as_sendable(delivery, verdict)
             if isinstance(final, Complete) and not delivery.wants_result:
-                plain.setdefault(key, []).append(delivery)
+                done.append((delivery, DONE))
             else:
-                rest.setdefault((*key, type(final)), []).append((delivery, final))
-        calls = [self._plain(number, consumer, group, held[number]) for (number, consumer), group in plain.items()]
+                rest.setdefault((delivery.stream, delivery.consumer, type(final)), []).append((delivery, final))
+        calls = self.plan(done, held) if done else []
         planners: dict[type, Callable[..., Settling]] = {
             Complete: self._with_result,
             Again: self._again,
@@ -100,18 +113,20 @@ class SettlePlanner:
             return Bury("bad_result", delivery.attempt, info)
         return verdict
 
-    def _plain(self, number: int, consumer: str, group: list[Delivery], held: int) -> Settling:
-        first = [d for d in group if d.deliveries == 1]
-        again = [d for d in group if d.deliveries != 1]
+    def _plain(self, number: int, consumer: str, first: list[Delivery], again: list[Delivery], held: int) -> Settling:
+        """``first``: handed out once, by rank; ``again``: handed out before."""
         room = held if first and held <= RANGE_WORTH * len(first) else 0
-        args: list[Arg] = [self._group, consumer, room, b"-", b"+", len(first)]
-        if room:
-            first.sort(key=_rank)
-            args[3], args[4] = first[0].entry, first[-1].entry
+        low, high = (first[0].entry, first[-1].entry) if room else (b"-", b"+")
+        args: list[Arg] = [self._group, consumer, room, low, high, len(first)]
+        keys = (self._keys.streams[number], self._keys.counters)
+        if not again:
+            call = _WithIds(self._complete, keys, args)
+            call.deliveries = first
+            return Settling(call, first)
         args += [d.entry for d in first]
         for delivery in again:
             args += (delivery.entry, delivery.deliveries)
-        return Settling(Call(self._complete, (self._keys.streams[number], self._keys.counters), args), [*first, *again])
+        return Settling(Call(self._complete, keys, args), [*first, *again])
 
     def _with_result(self, number: int, consumer: str, group: list[tuple[Delivery, Complete]]) -> Settling:
         keys = [self._keys.streams[number], self._keys.counters]
@@ -136,7 +151,7 @@ class SettlePlanner:
         return Settling(Call(self._retry, keys, args), [d for d, _ in group])
 
     def _cancel(self, number: int, consumer: str, group: list[tuple[Delivery, Cancel]]) -> Settling:
-        keys = [self._keys.streams[number], self._keys.counters, self._keys.cancels]
+        keys = [self._keys.streams[number], self._keys.counters, self._keys.cancels, self._keys.cancelled_steps]
         args: list[Arg] = [self._group, consumer, self._ttl_ms]
         for delivery, _ in group:
             header = delivery.header

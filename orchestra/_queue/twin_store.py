@@ -10,16 +10,20 @@ Due times and leases are durations by ``clock.monotonic()``; entry ids and times
 from __future__ import annotations
 
 import heapq
+import itertools
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from orchestra._delivery import OFF_MS
 from orchestra.tasks import LANES, Cancellation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from orchestra._clock import Clock
+    from orchestra._delivery import Sooner
     from orchestra.serialization import EncodedTask
 
 MARK_TTL, MOST_MARKS = 86_400.0, 100_000
@@ -118,6 +122,7 @@ class MemoryStore:
         self._marks: dict[str, tuple[tuple[int, int], float]] = {}
         self.marked_times = 0
         """Cancel marks made so far."""
+        self._steps: dict[str, bytes] = {}
         self._last_id = (0, -1)
         self._order = 0
         self._locks: dict[str, tuple[str, float]] = {}
@@ -142,7 +147,7 @@ class MemoryStore:
         (there.front if entry.front else there.waiting).append((ident.encode(), entry))
         return f"{lane}:{ident}"
 
-    # -- in: produce.lua, promote.lua
+    # -- in: produce.lua, produce_one.lua, promote.lua
 
     def fits(self, count: int) -> bool:
         """Whether ``count`` more tasks are within the length limit."""
@@ -184,6 +189,20 @@ class MemoryStore:
             member = heapq.heappop(self.due)[2]
             self.add(*self.delayed.pop(member))
             moved += 1
+        return moved
+
+    async def hasten(self, moves: Sequence[Sooner]) -> int:
+        """See :class:`~orchestra._queue.base.Delays`. O(delayed)."""
+        moved, wanted = 0, {each.task_id: each for each in moves}
+        ahead = self.clock.monotonic() - time.monotonic()
+        for place, (due, order, member) in enumerate(self.due):
+            each = wanted.get(member)
+            if each is None or not self.delayed[member][1].front:
+                continue  # a retry, or a delay that its sender wished for
+            if each.at + ahead < due and abs(due - each.was - ahead) <= OFF_MS / 1000:
+                self.due[place] = (each.at + ahead, order, member)
+                moved += 1
+        heapq.heapify(self.due)
         return moved
 
     def next_due_in(self) -> float | None:
@@ -296,6 +315,7 @@ class MemoryStore:
         """Cancel a task where it waits, else mark it. ``ident``: the id as it stands in a frame. O(tasks of its lane)."""
         if task_id in self.delayed:
             self.keep_result(task_id, record)
+            self._keep_step(task_id, self.delayed[task_id][1].frame)
             del self.delayed[task_id]
             self.due = [item for item in self.due if item[2] != task_id]
             heapq.heapify(self.due)
@@ -309,8 +329,10 @@ class MemoryStore:
             lane, name = self.lanes[int(number) % LANES], entry.encode()
             held = lane.pending.get(name)
             in_flight = in_flight or (held is not None and held.entry.frame.startswith(ident, 2))
-            if not in_flight and self._remove_waiting(lane, name, ident):
+            frame = None if in_flight else self._remove_waiting(lane, name, ident)
+            if frame is not None:
                 self.keep_result(task_id, record)
+                self._keep_step(task_id, frame)
                 self.counters["cancelled"] += 1
                 return Cancellation.CANCELLED
         if not in_flight and self.result(task_id) is not None:
@@ -318,13 +340,27 @@ class MemoryStore:
         self._mark(task_id)
         return Cancellation.REQUESTED
 
-    def _remove_waiting(self, lane: Lane, name: bytes, ident: bytes) -> bool:
+    @staticmethod
+    def _remove_waiting(lane: Lane, name: bytes, ident: bytes) -> bytes | None:
         for line in (lane.front, lane.waiting):
             for at, (waiting, entry) in enumerate(line):
                 if waiting == name and entry.frame.startswith(ident, 2):
                     del line[at]
-                    return True
-        return False
+                    return entry.frame
+        return None
+
+    def _keep_step(self, task_id: str, frame: bytes) -> None:
+        if b"orchestra.step" in frame:
+            self._steps[task_id] = frame
+
+    async def steps(self, count: int) -> list[tuple[str, bytes]]:
+        """See :class:`~orchestra._queue.base.CancelledSteps`."""
+        return list(itertools.islice(self._steps.items(), count))
+
+    async def forget_steps(self, task_ids: Sequence[str]) -> None:
+        """See :class:`~orchestra._queue.base.CancelledSteps`."""
+        for task_id in task_ids:
+            self._steps.pop(task_id, None)
 
     def _mark(self, task_id: str) -> None:
         now = self.clock.monotonic()
@@ -345,6 +381,7 @@ class MemoryStore:
 
     def end_cancelled(self, lane: int, ident: bytes, task_id: str) -> None:
         """End a delivery whose task was cancelled."""
+        self._keep_step(task_id, self.lanes[lane].pending[ident].entry.frame)
         del self.lanes[lane].pending[ident]
         self._marks.pop(task_id, None)
         self.counters["cancelled"] += 1

@@ -44,6 +44,10 @@ class Call(NamedTuple):
         """As bytes, by hash."""
         return self.script.pack(self.keys, self.args)
 
+    def pack_with_text(self) -> bytes:
+        """As bytes, for a server that has forgotten the script."""
+        return self.script.pack_with_text(self.keys, self.args)
+
 
 class Link:
     """The connection for one ``role`` of ``queue``; ``on_reopened`` is told of every connection after the first."""
@@ -88,6 +92,13 @@ class Link:
                 raise StoreUnavailableError(str(self._failure)) from self._failure
             self._wire = await self._open()
             return self._wire
+
+    def ready(self) -> Wire | None:
+        """The connection, if it is open, takes more, and belongs to the running loop and this process."""
+        wire = self._wire
+        if wire is None or self._home is not asyncio._get_running_loop():  # None, not an error, in a forked child
+            return None
+        return wire if wire.ready else None
 
     def check_loop(self, *, closing: bool = False) -> None:
         """Refuse another process and another loop than its own; ``closing`` forgives a loop that is gone.
@@ -136,10 +147,19 @@ class Link:
         self._pause.reset()
         return wire
 
-    async def send(self, packed: bytes, count: int, timeout: float | None = None, *, shared: bool = True) -> list[Any]:
+    async def send(
+        self,
+        packed: bytes,
+        count: int,
+        timeout: float | None = None,
+        *,
+        shared: bool = True,
+        arrived: Callable[[list[Any]], object] | None = None,
+    ) -> list[Any]:
         """Send packed commands once; error replies are elements of the list.
 
-        A ``shared`` connection survives the caller's cancellation; another is thrown away.
+        A ``shared`` connection survives the caller's cancellation; another is thrown away. ``arrived``: as of
+        :meth:`Wire.send_nowait`.
         """
         if self._home is not asyncio._get_running_loop():  # None, not an error, in a forked child
             self.check_loop()
@@ -148,7 +168,7 @@ class Link:
             wire = await self.wire()
         if not wire.writable:
             await wire.drain()
-        return await wire.send_nowait(packed, count, timeout=timeout, shared=shared)
+        return await wire.send_nowait(packed, count, timeout=timeout, shared=shared, arrived=arrived)
 
     async def patiently(self, attempt: Callable[[], Awaitable[T]], patience: float) -> tuple[T, bool]:
         """Repeat ``await attempt()`` while Redis is unavailable, for up to ``patience`` seconds.
@@ -192,7 +212,7 @@ class Link:
         replies = await self.send(b"".join([call.pack() for call in calls]), len(calls))
         unknown = [i for i, reply in enumerate(replies) if isinstance(reply, ReplyError) and forgotten(reply)]
         if unknown:
-            packed = b"".join([calls[i].script.pack_with_text(calls[i].keys, calls[i].args) for i in unknown])
+            packed = b"".join([calls[i].pack_with_text() for i in unknown])
             for i, reply in zip(unknown, await self.send(packed, len(unknown)), strict=True):
                 replies[i] = reply
         return replies
@@ -204,23 +224,23 @@ class Link:
             StoreError: an error reply (StoreFullError, StoreAuthError, … by its kind).
             StoreUnavailableError: no answer; also when a repeat met full memory, because the first attempt may have run.
         """
-        call, attempts = Call(script, keys, args), 0
+        attempts = 0
 
         async def attempt() -> Any:
             nonlocal attempts
             attempts += 1
-            reply = (await self.run((call,)))[0]
+            reply = (await self.run((Call(script, keys, args),)))[0]
             if isinstance(reply, ReplyError):
                 error = reply_error(reply, self.manager.address.safe)
                 raise in_doubt(error) if attempts > 1 else error from reply
             return reply
 
-        wire = self._wire
-        if wire is None or wire.closed or not wire.writable or self._home is not asyncio._get_running_loop():
+        wire = self.ready()
+        if wire is None:
             return (await self.patiently(attempt, patience))[0]
         attempts = 1  # at once, without the coroutines of the general case: a single task is a matter of latency
         try:
-            reply = (await wire.send_nowait(call.pack(), 1, shared=True))[0]
+            reply = (await wire.send_nowait(script.pack(keys, args), 1, shared=True))[0]
             if not isinstance(reply, ReplyError):
                 return reply
             if not forgotten(reply):

@@ -16,15 +16,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import weakref
 from collections import deque
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import hiredis
 
+from orchestra._redis.endpoint import Endpoint, attach
 from orchestra._redis.errors import ReplyError, reply_code, reply_error
 from orchestra.errors import (
     ConfigurationError,
@@ -37,7 +36,6 @@ from orchestra.errors import (
 __all__ = ["Command", "Endpoint", "ReplyError", "Wire", "forks", "pack", "reply_code", "reply_error"]
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Callable, Iterable
 
 Argument: TypeAlias = "str | bytes | float | memoryview"
@@ -48,7 +46,6 @@ _pack_command: Callable[[Command], bytes] = cast("Any", hiredis.pack_command)
 
 _MORE = object()
 _READ_SIZE = 256 * 1024  # a reply to XREADGROUP COUNT 500 fits
-_UNIX_SOCKET_BUFFER = 1 << 20  # the default of 208 KiB splits a batch of 500 into several wake-ups
 _WRITE_HIGH = 1 << 20
 _GRACE = 0.05  # s; see Wire._sweep
 _FOREIGN = frozenset({hiredis.PushNotification, dict, float, bool})  # hiredis makes them of RESP3 only
@@ -59,36 +56,25 @@ def pack(commands: Iterable[Command]) -> bytes:
     return b"".join(map(_pack_command, commands))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
-    """One server to connect to: ``path`` (a unix socket) if given, else ``host`` and ``port``.
-
-    ``label`` is what errors and logs call it; it must not hold the password. With ``master_only`` a replica is
-    refused. Built by :mod:`orchestra.connections` from an address.
-    """
-
-    host: str = "localhost"
-    port: int = 6379
-    path: str | None = None
-    tls: ssl.SSLContext | None = field(default=None, repr=False)
-    username: str | None = None
-    password: str | None = field(default=None, repr=False)
-    db: int = 0
-    client_name: str = ""
-    master_only: bool = False
-    label: str = ""
-
-
 class _Batch(asyncio.Future[list[Any]]):
     """The replies to ``count`` commands. Cancelling it gives up its slots, hence the connection, unless it is ``shared``:
     then its replies are received in order and dropped.
     """
 
-    __slots__ = ("count", "deadline", "replies", "shared", "wire")
+    __slots__ = ("arrived", "count", "deadline", "replies", "shared", "wire")
 
-    def __init__(self, wire: Wire, count: int, loop: asyncio.AbstractEventLoop, *, shared: bool) -> None:
+    def __init__(
+        self,
+        wire: Wire,
+        count: int,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        shared: bool,
+        arrived: Callable[[list[Any]], object] | None,
+    ) -> None:
         super().__init__(loop=loop)
         self.wire = wire
+        self.arrived = arrived
         self.shared = shared
         self.count = count
         self.deadline = 0.0
@@ -100,6 +86,18 @@ class _Batch(asyncio.Future[list[Any]]):
         if not self.shared:
             self.wire._abort("a caller was cancelled while its reply was in flight")
         return True
+
+
+def _resolve(batch: _Batch) -> None:
+    """All replies of ``batch`` are there."""
+    if batch.done():
+        return
+    try:
+        if batch.arrived is not None:
+            batch.arrived(batch.replies)
+    finally:
+        if not batch.done():
+            batch.set_result(batch.replies)
 
 
 class Wire(asyncio.BufferedProtocol):
@@ -139,7 +137,7 @@ class Wire(asyncio.BufferedProtocol):
         wire = cls(endpoint, timeout)
         try:
             async with asyncio.timeout(connect_timeout):
-                await _attach(wire, endpoint)
+                await attach(wire, endpoint)
                 await wire._greet()
         except TimeoutError as exc:
             wire._abort("it did not answer in time")
@@ -166,6 +164,11 @@ class Wire(asyncio.BufferedProtocol):
         return self._reason is not None
 
     @property
+    def ready(self) -> bool:
+        """Neither :attr:`closed` nor too full to take more at once."""
+        return self._reason is None and not self._paused
+
+    @property
     def age(self) -> float:
         """Seconds since the connection was opened."""
         return self._loop.time() - self._born
@@ -176,13 +179,20 @@ class Wire(asyncio.BufferedProtocol):
         return len(self._pending)
 
     def send_nowait(
-        self, packed: bytes, count: int, *, timeout: float | None = None, shared: bool = False
+        self,
+        packed: bytes,
+        count: int,
+        *,
+        timeout: float | None = None,
+        shared: bool = False,
+        arrived: Callable[[list[Any]], object] | None = None,
     ) -> asyncio.Future[list[Any]]:
         """Write ``packed``, which holds ``count`` >= 1 commands, and return the future list of their replies.
 
         Error replies are elements of the list (:data:`ReplyError`), never raised. Cancelling the future closes the
         connection. Writes without regard to :attr:`writable`. A batch does not time out before those ahead of it,
-        because their replies come first.
+        because their replies come first. ``arrived`` is called with the replies as they arrive, a turn of the event loop
+        before whoever awaits the future; not when that was cancelled. It must not raise.
 
         Raises: StoreUnavailableError when closed (ForkedProcessError in a child of the process that opened it);
         ValueError for a ``count`` below 1. Cost: about 1.5 µs and a write.
@@ -192,7 +202,7 @@ class Wire(asyncio.BufferedProtocol):
             raise self._gone()
         if count < 1:
             raise ValueError(f"a batch holds at least one command, got count={count!r}")
-        batch = _Batch(self, count, self._loop, shared=shared)
+        batch = _Batch(self, count, self._loop, shared=shared, arrived=arrived)
         deadline = self._loop.time() + (self._timeout if timeout is None else timeout)
         if self._pending:
             deadline = max(deadline, self._pending[-1].deadline)
@@ -289,21 +299,24 @@ class Wire(asyncio.BufferedProtocol):
         reader, pending = self._reader, self._pending
         try:
             reader.feed(self._buffer, 0, nbytes)
-            replies = iter(reader.gets, _MORE)
             while pending:
                 batch = pending[0]
                 got = batch.replies
-                got.extend(islice(replies, batch.count - len(got)))
-                if len(got) < batch.count:
-                    return
+                if batch.count == 1:  # who sends one command waits for it
+                    if (reply := reader.gets()) is _MORE:
+                        return
+                    got.append(reply)
+                else:
+                    got.extend(islice(iter(reader.gets, _MORE), batch.count - len(got)))
+                    if len(got) < batch.count:
+                        return
                 if not _FOREIGN.isdisjoint(map(type, got)):
                     self._abort("it does not speak Redis's protocol: RESP3 on a RESP2 connection")
                     return
                 if len(pending) == 1:
                     break  # who sends too much may have sent this one wrongly: look first
                 pending.popleft()
-                if not batch.done():
-                    batch.set_result(got)
+                _resolve(batch)
             stray = reader.gets()
         except (hiredis.ProtocolError, MemoryError, TypeError) as exc:  # 2^32 elements do not fit, nor a list as a key
             self._abort(f"it does not speak Redis's protocol: {exc or 'a list of absurd length'}")
@@ -311,9 +324,7 @@ class Wire(asyncio.BufferedProtocol):
         if stray is not _MORE:
             self._abort(f"it sent a reply nobody asked for: {stray!r}"[:200])
         elif pending:
-            batch = pending.popleft()
-            if not batch.done():
-                batch.set_result(batch.replies)
+            _resolve(pending.popleft())
 
     def eof_received(self) -> bool:
         """Part of asyncio's protocol interface."""
@@ -432,33 +443,6 @@ class Wire(asyncio.BufferedProtocol):
             raise ConfigurationError(
                 f"{self.endpoint.label} has no database {self.endpoint.db}: {reply}", field="db", value=self.endpoint.db
             ) from reply
-
-
-async def _attach(wire: Wire, endpoint: Endpoint) -> None:
-    """Open the socket of ``endpoint`` and tie it to ``wire``."""
-    loop = asyncio.get_running_loop()
-    if endpoint.path is None:
-        transport, _ = await loop.create_connection(
-            lambda: wire,
-            endpoint.host,
-            endpoint.port,
-            ssl=endpoint.tls,
-            server_hostname=endpoint.host if endpoint.tls is not None else None,
-        )
-        raw = transport.get_extra_info("socket")
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        return
-    raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        raw.setblocking(False)
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SOCKET_BUFFER)
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _UNIX_SOCKET_BUFFER)
-        await loop.sock_connect(raw, endpoint.path)
-        await loop.create_unix_connection(lambda: wire, sock=raw)
-    except BaseException:
-        raw.close()
-        raise
 
 
 _FORKED = "the process was forked; connections stay with the parent"

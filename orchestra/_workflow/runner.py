@@ -205,7 +205,9 @@ class StepRunner:
             wait = max(0.05, min(float(getattr(error, "retry_after", getattr(error, "after", AWAY))), 3600.0))
             await engine.retrying(*where[1:4], None, wait, fence=delivery.fence, counted=False, claim=where.claim)
             return Ended(Outcome.THROTTLED, Again(wait, "throttled"))
-        if not await driver.planned(workflow_id, planned):  # it ends, and waits for this; one with a plan has another life
+        if not await driver.planned(
+            workflow_id, planned
+        ):  # it ends, and waits for this; one with a plan has another life
             return await self._end(driver, where, StepState.FAILED, delivery, error=CANCELLED_STEP)
         return _OVER
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from orchestra import _process
 from orchestra.cli._status import INTERRUPTED, OK
 
 logger = logging.getLogger("orchestra.worker")
@@ -135,10 +136,12 @@ class Stopper:
         return INTERRUPTED if self.signal == signal.SIGINT else OK
 
 
-def run_to_the_end(main: Coroutine[Any, Any, int]) -> int:
-    """:func:`asyncio.run`, then end the process if threads that it left behind would keep the interpreter waiting."""
+def run_to_the_end(main: Coroutine[Any, Any, int], loop: str = "auto") -> int:
+    """:func:`asyncio.run` on the event loop called ``loop``, one of ``_process.LOOPS``, then end the process if threads
+    that it left behind would keep the interpreter waiting.
+    """
     before = set(threading.enumerate())
-    status = asyncio.run(main)
+    status = _process.run(main, loop)
     left = [each for each in threading.enumerate() if each not in before and not each.daemon]
     for thread in left:
         thread.join(CLOSING / len(left))

@@ -18,6 +18,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from orchestra import _process
 from orchestra._front.loading import load_app
 from orchestra._jobs.file import JobIdentity, ResultsFile, Sidecar, new_identity
 from orchestra._jobs.input import BadLine, TaskChecker, open_input, parse_line, read_lines
@@ -124,7 +125,7 @@ def run(
     """
     given = locals()  # the parameters: exactly the fields of Options
     options = Options(**{**given, "args": args or []})
-    raise typer.Exit(asyncio.run(_Run(options).main()))
+    raise typer.Exit(_process.run(_Run(options).main()))
 
 
 class _Run:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestra import telemetry
+from orchestra import _process, telemetry
 from orchestra.cli._options import QueueOption, RedisOption, TargetArgument, bound, examples
 from orchestra.cli._output import clean
 from orchestra.cli._signals import CLOSING, Stopper, run_to_the_end
@@ -45,6 +45,10 @@ ScaleIntervalOption = Annotated[
 ]
 ScaleCooldownOption = Annotated[
     float, typer.Option("--scale-cooldown", metavar="SECONDS", help="With MIN:MAX: how long fewer must be enough.")
+]
+LoopOption = Annotated[
+    str,
+    typer.Option("--loop", metavar="NAME", help="Event loop: asyncio, uvloop, or auto: uvloop where it is installed."),
 ]
 EPILOG = examples(
     "orchestra worker jobs:app --concurrency 200",
@@ -88,6 +92,7 @@ def worker(
         str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
     ] = "info",
     json_logs: Annotated[bool, typer.Option("--json-logs", help="Log one JSON object a line.")] = False,
+    loop: LoopOption = "auto",
     parent_fd: Annotated[int | None, typer.Option("--parent-fd", hidden=True)] = None,
     report_every: Annotated[float | None, typer.Option("--report", hidden=True)] = None,
 ) -> int:
@@ -105,6 +110,7 @@ def worker(
         require_int("--concurrency", concurrency, 1, 100_000)
     budget = parse_retry_budget(retry_budget)
     log_to_stderr(log_level, json_logs=json_logs)
+    _process.loop_factory(loop)  # a name that is wrong is told before anything starts
     app = bound(target, redis, queue)
     if not len(app.agents):
         raise ConfigurationError(
@@ -119,6 +125,7 @@ def worker(
             f"--drain-timeout={drain_timeout}",
             f"--retry-budget={retry_budget}",
             f"--log-level={log_level}",
+            f"--loop={loop}",
             *(["--json-logs"] if json_logs else []),
         ]
         for name, value in (("concurrency", concurrency), ("redis", redis), ("queue", queue)):
@@ -126,7 +133,7 @@ def worker(
         return Supervisor([target, *options], count, drain_timeout).run()
     with Stopper(os._exit, drain_timeout + KILL_GRACE) as stopper:
         dispatching = {"concurrency": concurrency, "drain_timeout": drain_timeout, "retry_budget": budget}
-        return run_to_the_end(_work(app, stopper, parent_fd, report_every, dispatching))
+        return run_to_the_end(_work(app, stopper, parent_fd, report_every, dispatching), loop)
 
 
 def parse_retry_budget(text: str) -> RetryBudget | None:
@@ -188,6 +195,7 @@ async def _work(
         stopper.watch_parent(parent_fd)
     async with app:
         dispatcher = app.worker(**dispatching)
+        _process.set_heap_aside()
         await dispatcher.start()
         if parent_fd is not None:
             say_ready(parent_fd)

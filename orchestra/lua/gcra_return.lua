@@ -4,7 +4,7 @@
 --     the TAT that the lease left. Nothing was given back since, and A > now: then the cell was never idle since, the TAT is A
 --     plus all that was admitted later, and without the lease it would be at most max(A - amount, now) plus the same. So
 --     min(amount, A - now) may go; the rest is lost. Repeated after a lost reply it gives nothing: something was given back since.
--- KEYS: 1  string, the cell: "TAT" or "TAT line back" (see gcra)
+-- KEYS: 1  string, the cell: "TAT" or "TAT line back T" (see gcra)
 -- ARGV: 1  A, the TAT that the lease left, microseconds of the Redis clock
 --       2  when the lease was taken, microseconds of the Redis clock
 --       3  amount, microseconds (permits * T), whole, >= 1
@@ -20,12 +20,12 @@ end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local text = redis.call('GET', KEYS[1]) or '0'
-local tat, line, back = string.match(text, '^(%d+) ?(%d*) ?(%d*)$')
+local tat, line, back, pace = string.match(text, '^(%d+) ?(%d*) ?(%d*)( ?%d*)$')
 tat, line, back = tonumber(tat) or 0, tonumber(line) or 0, tonumber(back) or 0
 local given = math.min(amount, left - now)
 -- The time of a give-back outlives the oldest lease that is still looked at here.
 if given < 1 or taken > now or now - taken > BACK / 2 or back >= taken or tat < left then return 0 end
 local last = math.max(tat, line, now + BACK)
-redis.call('SET', KEYS[1], string.format('%.0f %.0f %.0f', tat - given, line, now),
+redis.call('SET', KEYS[1], string.format('%.0f %.0f %.0f', tat - given, line, now) .. (pace or ''),
   'PX', string.format('%.0f', math.ceil((last - now) / 1000) + 1))
 return given

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 from orchestra._delivery import Delivery
 from orchestra._keys import QueueKeys
+from orchestra._process import loop_factory
 from orchestra.connections import ConnectionManager
 from orchestra.task_queue import RedisStreamTaskQueue
 from tests.reference.keyspace import Plain
 
+UVLOOP = os.environ.get("ORCHESTRA_TEST_UVLOOP", "0") not in ("", "0")
 QUEUE, GROUP = "model", "workers"
 KEYS = QueueKeys(QUEUE)
 HOUR = 3_600_000
@@ -25,7 +28,7 @@ class Server:
 
     def __init__(self, server: Any) -> None:
         self.client = Plain(server.socket)
-        self.runner = asyncio.Runner()
+        self.runner = asyncio.Runner(loop_factory=loop_factory("uvloop" if UVLOOP else "asyncio"))
         self.manager = ConnectionManager(server.url)
         self.run(self.manager.connect())
 

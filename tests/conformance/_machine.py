@@ -13,7 +13,7 @@ from orchestra import _identity
 from orchestra._delivery import DONE, Again, Bury, Cancel, Complete, Delivery
 from orchestra._scripts import script
 from orchestra.errors import QueueFullError
-from orchestra.serialization import encode_task
+from orchestra.serialization import EncodedTask, encode_task
 from tests.conformance._actors import GROUP, KEYS, LEASE, MAX_DELIVERIES, PROMOTE, SCAN, WINDOW, Consumer, Server
 from tests.conformance._compare import Seen, compare
 from tests.reference.queue_model import LANES, STREAMS, Entry, Model, order
@@ -186,6 +186,53 @@ class QueueMachine(RuleBasedStateMachine):
         assert first == [entry.id for entry in out]
         assert again[0] == b"!"
         assert again[1].split()[0::3] == [b"%d" % lane] * len(again[1].split()[0::3])
+
+    def added(self, lane: int, answer: Any) -> None:
+        if isinstance(answer, Entry):
+            self.note(lane, answer)
+            self.touched.add(lane)
+
+    @rule(who=st.integers(0, 2), lane=lanes, own=st.sampled_from((None, *IDS)), delay=st.sampled_from((0, 0, 0, 3600)))
+    def produce_one(self, who: int, lane: int, own: str | None, delay: int) -> None:
+        """A single task, which goes at once: by the script for one, where there is no limit and no delay."""
+        task = encode_task(self._as_task(lane, own, delay, False))
+        try:
+            sent = self.act(self._post(self.consumers[who], task))
+        except QueueFullError:
+            sent = None
+        out = self.model.produce([(lane, task.id, task.own_id, delay * 1000, task.frame)], self.max_length)
+        assert (sent is None) == (out is None)
+        if out is not None:
+            if own is None:
+                self.model.tokens.append([(lane, out[0] if isinstance(out[0], Entry) else None)])
+            self.added(lane, out[0])
+        self.check()
+        if out is not None:
+            assert sent == self._message_id(lane, out[0], task.id)
+
+    async def _post(self, consumer: Consumer, task: EncodedTask) -> str:
+        return await consumer.queue._producer.post(task)
+
+    @rule(number=st.integers(0, 1000), lane=lanes, own=st.sampled_from((None, *IDS)))
+    def produce_one_and_lose_the_reply(self, number: int, lane: int, own: str | None) -> None:
+        """The same call of the script for one twice: the second adds nothing and names what the first added."""
+        task = encode_task({"id": own or f"o{number}", "type": "x", "priority": lane})
+        names = (WINDOW, lane, "id", own) if own else (60_000, lane, "token", f"one{len(self.model.tokens)}")
+        call = [KEYS.lanes[lane], *(KEYS.dedup if own else KEYS.tokens), KEYS.counters, *names, task.frame]
+        lua = script("produce_one").text
+        first, again = self.act(lambda: [self.client("EVAL", lua, 4, *call) for _ in range(2)])
+        rows = [(lane, task.id, own is not None, 0, task.frame)]
+        (answer,) = self.model.produce(rows)
+        repeats = self.model.produce(rows) if own else []
+        if not own:
+            self.model.tokens.append([(lane, answer)])
+        self.added(lane, answer)
+        self.check()
+        if not own:
+            assert first == again == answer.id
+        else:
+            assert again == b"=" + self._message_id(lane, repeats[0], task.id).encode()
+            assert first in ((answer.id,) if isinstance(answer, Entry) else (again,))
 
     def a_dedup_window_passes(self) -> None:
         """As if the present bucket were the one before: the ids of the one before that are forgotten."""

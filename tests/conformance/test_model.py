@@ -87,9 +87,13 @@ MUTANTS = {
     "retire drops what is pending": ("retire", "if #rows == 0 and not rows.err", "if not rows.err"),
     "produce forgets its ids": ("produce", "if #fresh > 0 then redis.call('PEXPIREAT', dedup, dedup_end) end", "redis.call('DEL', dedup)"),
     "produce forgets its tokens": ("produce", "  redis.call('HSET', tokens, token,", "  redis.call('HSET', tokens, token .. '?',"),
+    "produce_one forgets its ids": ("produce_one", "redis.call('HSET', bucket, name,", "redis.call('HSET', bucket, name .. '?',"),
+    "produce_one looks into one bucket": ("produce_one", "  known = redis.call('HGET', before, name)", "  known = false"),
+    "produce_one leaves a bucket for ever": ("produce_one", "redis.call('PEXPIREAT', bucket, (k + 2) * window)\nredis.call('HINCRBY'", "redis.call('HINCRBY'"),
+    "produce_one does not count a repeat": ("produce_one", "  redis.call('HINCRBY', KEYS[4], 'duplicates', 1)\n", ""),
     "take hands out too much": ("take", "'COUNT', most,", "'COUNT', most + 1,"),
     "cancel removes what is in flight": ("cancel", "in_flight = rows[1] ~= nil", "in_flight = false"),
-    "cancel leaves no record": ("cancel", "      record()\n", ""),
+    "cancel leaves no record": ("cancel", "      record(frame)\n", ""),
 }  # fmt: skip
 
 

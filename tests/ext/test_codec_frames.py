@@ -77,6 +77,37 @@ def test_frames_are_as_the_oracle_makes_them(task, argument, reply, flags):
     assert "delay" not in back
 
 
+@given(st.lists(TASKS, max_size=6), st.none() | NAMES, st.integers(0, (1 << 31) - 1))
+def test_many_are_as_one_after_the_other(tasks, reply, flags):
+    ids = IdMaker("0123456789ab")
+    one_by_one = TaskCodec(lambda: ids.make(1e9), None, None, Record)
+    expected = [attempt(one_by_one.encode, task, None, 1 << 20, reply, flags) for task in tasks]
+    made = attempt(CODEC.encode_many, tasks, IdMaker("0123456789ab"), 1e9, 1 << 20, reply, flags)
+    refused = [each for each in expected if not isinstance(each, Record)]
+    assert same(made, refused[0] if refused else expected)
+
+
+@pytest.mark.parametrize(("tasks", "error"), [([TASK, 1], EncodeTypeError), ([TASK, {"id": "x"}], EncodeError)])
+def test_many_stop_at_the_first_that_cannot_be_encoded(tasks, error):
+    with pytest.raises(error):
+        CODEC.encode_many(tasks, IdMaker("0123456789ab"), 1e9)
+    for wrong in ((iter(tasks), IdMaker("0123456789ab"), 1e9), (tasks, None, 1e9)):
+        with pytest.raises(TypeError):
+            CODEC.encode_many(*wrong)
+    with pytest.raises(ValueError, match="unix seconds"):
+        CODEC.encode_many([{"type": "a"}], IdMaker("0123456789ab"), -1.0)
+
+
+def test_a_hook_may_change_the_list_that_is_encoded():
+    def shorten(value):
+        del tasks[1:]
+        return 1
+
+    tasks = [{"type": "a", "input": object()} for _ in range(3)]
+    made = TaskCodec(None, shorten, None, Record).encode_many(tasks, IdMaker("0123456789ab"), 1e9)
+    assert [each.frame[-7:] for each in made] == [b"\xa5input\x01"]
+
+
 @given(TASKS, st.data())
 @settings(max_examples=60)
 def test_frames_cut_or_lengthened_are_refused(task, data):
@@ -104,6 +135,10 @@ def test_flipped_frames_never_break_anything(task, data):
     if back is not ValueError:
         assert type(back["id"]) is str
         assert back["priority"] in (0, 1, 2, 3)
+        if not isinstance(back.get("metadata"), dict | None):
+            with pytest.raises(EncodeTypeError, match="metadata must be a dict"):
+                CODEC.encode(back, None, 1 << 20)
+            return
         again = CODEC.encode(back, None, 1 << 20)
         assert same(CODEC.decode(again.frame), back)
 

@@ -1,8 +1,9 @@
-"""J10: other interpreters and builds without a GIL get a refusal or a warning, never unguarded shared state."""
+"""J10: another interpreter is refused, and where there is no GIL none is asked for: no unguarded shared state."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import sysconfig
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ("heap", "gcra", "wrr", "codec")
+MODULES = ("heap", "gcra", "wrr", "codec", "step", "wire")
 # The names moved in 3.13; both spellings are CPython's own test interface to subinterpreters.
 SECOND = """
 import sys
@@ -40,11 +41,40 @@ def test_a_second_interpreter_is_refused(name):
     assert "interpreter" in done.stdout.lower() or "subinterpreters" in done.stdout.lower()
 
 
-def test_no_build_claims_to_need_no_gil():
-    """J10: without the declaration a free-threaded CPython switches the GIL on and warns: nothing races silently."""
-    setup = Path(__file__).parents[2] / "setup.py"
-    if setup.exists():
-        assert "freethreading_compatible" not in setup.read_text("utf-8")
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        importlib.import_module("orchestra._ext.heap")
-        assert sys._is_gil_enabled()
+ALONE = """
+import importlib.util
+import sys
+for name, path in {files}.items():
+    spec = importlib.util.spec_from_file_location("orchestra._ext." + name, path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert not sys._is_gil_enabled(), name
+print("off")
+"""
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_module_says_that_it_needs_no_gil(name):
+    """J10: the sources declare it, and say what a second thread may do and see."""
+    source = Path(__file__).parents[2] / "_ext" / f"{name}.pyx"
+    if not source.exists():
+        source = Path(importlib.import_module(f"orchestra._ext.{name}").__file__)
+        assert source.suffix == ".so"
+        return
+    text = source.read_text("utf-8")
+    assert text.startswith("# cython: freethreading_compatible=True\n")
+    assert "Concurrency: " in text.split('"""')[1]
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="an interpreter with a GIL")
+def test_no_compiled_module_switches_the_gil_on():
+    """J10: on a free-threaded CPython the GIL stays off when they are imported."""
+    files = {name: importlib.import_module(f"orchestra._ext.{name}").__file__ for name in MODULES}
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "error", "-c", ALONE.format(files=files)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={name: value for name, value in os.environ.items() if name != "PYTHON_GIL"},
+    )
+    assert (done.stdout, done.stderr) == ("off\n", "")

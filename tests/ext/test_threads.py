@@ -1,22 +1,28 @@
-"""J7, J8: sixteen threads on every compiled class, switching as often as the interpreter can."""
+"""J7, J8: sixteen threads on every compiled class, switching as often as the interpreter can, or without a GIL."""
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import itertools
 import random
 import sys
+import sysconfig
 import threading
 from collections import Counter
 
 import pytest
 
-from orchestra._ext.codec import DecodeError, EncodeError, IdMaker, TaskCodec, decode_header, packb, unpackb
+from orchestra._ext import wire
+from orchestra._ext.codec import DecodeError, EncodeError, IdMaker, TaskCodec, TaskMaker, decode_header, packb, unpackb
 from orchestra._ext.gcra import GcraTable
 from orchestra._ext.heap import TaskHeap
+from orchestra._ext.step import first_step
 from orchestra._ext.wrr import SmoothRing
 
 THREADS = 16
+LONGER = 10 if sysconfig.get_config_var("Py_GIL_DISABLED") else 1
+"""A thread that runs beside others, not in turns with them, needs time to meet them in the middle of something."""
 
 
 @pytest.fixture(autouse=True)
@@ -263,6 +269,158 @@ def test_encoding_what_another_thread_changes():
 def test_ids_are_unique():
     """J7: one maker, sixteen threads: no id twice, and each thread's own ascend."""
     maker = IdMaker("abcdef012345")
-    made = together(lambda number: [maker.make(1000.0 + turn % 3) for turn in range(2000)])
+    made = together(lambda number: [maker.make(1000.0 + turn % 3) for turn in range(5000 * LONGER)])
     assert all(mine == sorted(mine) for mine in made)
-    assert len(set(itertools.chain(*made))) == 2000 * THREADS
+    assert len(set(itertools.chain(*made))) == 5000 * LONGER * THREADS
+
+
+def test_names_that_push_each_other_out():
+    """J7: more names than the caches have slots, so that each thread drops what another one is about to take."""
+    names = [f"name{number}" for number in range(1500)]
+    values = [packb({name: 1}) for name in names]
+    frames = [TaskCodec(None).encode({"type": name, "id": "i"})[2] for name in names]
+
+    def work(number):
+        rng = random.Random(number)
+        order = rng.sample(range(1500), 1500) * 3 * LONGER
+        got = [next(iter(unpackb(values[place]))) for place in order]
+        types = [decode_header(frames[place]).type for place in order]
+        return got == types == [names[place] for place in order]
+
+    assert together(work) == [True] * THREADS
+
+
+def test_encoding_a_task_whose_keys_change():
+    """J8: the keys of one task come, go and change while every thread encodes it: a whole frame, or a refusal."""
+    codec = TaskCodec(lambda: "made-up")
+    task = {"type": "t", "id": "i", "timeout": 2.5, "input": {"n": 1}}
+
+    def work(number):
+        rng = random.Random(number)
+        made = 0
+        for turn in range(800 * LONGER):
+            if number % 2:
+                task["timeout"] = rng.random() + 1e-3
+                task["id"] = f"i{rng.randrange(10**6)}"
+                task["type"] = "t" * (1 + turn % 60)
+                task[f"extra{rng.randrange(12)}"] = [number] * 3
+                task.pop(f"extra{rng.randrange(12)}", None)
+                task["metadata"] = {str(turn): turn}
+            else:
+                try:
+                    frame = codec.encode(task)[2]
+                except EncodeError as error:
+                    assert "changed while" in str(error)
+                    continue
+                got = codec.decode(frame)
+                assert (set(got["type"]), got["input"]) == ({"t"}, {"n": 1})
+                assert got["id"][0] == "i" and (got["id"] + "0")[1:].isdigit()
+                made += 1
+        return made
+
+    assert sum(together(work)) > 0
+
+
+class Task:
+    __slots__ = (
+        *("id", "type", "input", "priority", "attempt", "metadata", "max_retries", "timeout", "deadline", "fence"),
+        "extra",
+    )
+
+
+def test_tasks_out_of_one_frame():
+    """J7: one maker, one frame, one header: every thread gets a task of its own."""
+    codec = TaskCodec(lambda: "made-up")
+    maker = TaskMaker(codec, Task)
+    frame = codec.encode({"type": "t", "id": "i", "input": {"a": [1, 2]}, "metadata": {"m": 1}, "own": 3})[2]
+    header = decode_header(frame)
+
+    def work(number):
+        made = [maker.make(frame, header if turn % 2 else None, number, turn)[1] for turn in range(300)]
+        assert all(one.input == {"a": [1, 2]} and one.extra == {"own": 3} for one in made)
+        return [(one.attempt, one.fence, id(one.input)) for one in made]
+
+    got = together(work)
+    assert [mine[-1][:2] for mine in got] == [(number, 299) for number in range(THREADS)]
+    assert all(len({place for _, _, place in mine}) == 300 for mine in got)
+
+
+class Delivery(wire.Arrival):
+    __slots__ = ()
+
+    def _read_fields(self, fields):
+        self.frame = b"odd"
+
+    def _decoded(self):
+        return [self.frame]
+
+
+def test_deliveries_that_are_read_and_replaced_at_once():
+    """J8: the frame and the header of one delivery, while others put new ones."""
+    shared = wire.arrivals(Delivery, 1, [[b"%d-1" % n, [b"t", b"x" * 50]] for n in range(5)], "c", 0)
+
+    def work(number):
+        one = shared[number % 2]
+        for turn in range(3000 * LONGER):
+            if number < 4:
+                one.frame = b"%d" % turn * 9
+                one._header = None
+            else:
+                assert type(one.frame) is type(one.header[0]) is bytes
+                one.deliveries = turn
+                assert 0 <= one.deliveries < 3000 * LONGER
+        with pytest.raises(AttributeError):
+            one.entry = b"0-0"
+
+    together(work)
+    assert [one.entry for one in shared] == [b"%d-1" % n for n in range(5)]
+
+
+def test_replies_and_batches_that_change():
+    """J8: a reply, and a list of deliveries, that grow and shrink while they are read, held and packed."""
+    reply = [[b"%d-1" % n, [b"t", b"frame"]] for n in range(40)]
+    batch = wire.arrivals(Delivery, 1, reply, "c", 0)
+    spare = list(batch)
+    held = [{} for _ in range(8)]
+    command = b"*2\r\n$4\r\nXACK\r\n$1\r\nk\r\n"
+
+    def work(number):
+        rng = random.Random(number)
+        for _ in range(300 * LONGER):
+            if number < 4:
+                batch.append(rng.choice(spare))
+                reply[rng.randrange(40)] = [b"7-7", [b"t", b"y"]] if rng.random() < 0.5 else [b"7-7", [b"t"], b"more"]
+                reply[rng.randrange(40)] = [b"8-8", [b"t", b"z"]]
+                if len(batch) > 20:
+                    del batch[rng.randrange(10) :]
+                reply[rng.randrange(40)].clear()
+            elif number < 8:
+                with contextlib.suppress(TypeError):
+                    assert all(type(one.frame) is bytes for one in wire.arrivals(Delivery, 1, reply, "c", 0))
+            else:
+                packed = wire.with_ids(command, batch)
+                arguments = int(packed[1 : packed.index(b"\r")])
+                assert packed.count(b"\r\n$") == arguments
+                wire.hold(held, batch)
+                groups, rest = wire.sift([(one, 1) for one in spare], 1)
+                assert rest == [] and sum(len(first) + len(again) for first, again in groups.values()) == 40
+
+    together(work)
+    assert set(held[1].values()) <= set(spare)
+
+
+def test_first_steps_keep_to_their_threads():
+    """J7: each thread's coroutine sees its own value of the variable, and leaves none behind."""
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
+
+    async def agent(number):
+        assert variable.get() == number
+        return number
+
+    def work(number):
+        for _ in range(500):
+            context, coroutine, result = first_step(agent, number, variable)
+            assert (context[variable], coroutine, result) == (number, None, number)
+        return variable.get(None)
+
+    assert together(work) == [None] * THREADS

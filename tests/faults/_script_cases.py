@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from orchestra import _keys
-from orchestra._delivery import cancelled_record, frame_ident
+from orchestra._delivery import STEP, cancelled_record, frame_ident
 from orchestra._keys import QueueKeys, WorkflowKeys
 from orchestra._scripts import script
-from orchestra.serialization import encode_task
+from orchestra.serialization import dumps, encode_task
 from tests.reference.keyspace import Plain
 
 GROUP, ME, OTHER = "workers", "me", "other"
@@ -131,6 +131,16 @@ def _(w: World, n: int) -> Case:
     return Case(_produce_keys(w), [0, HOUR, 60_000, "t", 2, "", w.frame(0)], untouched=untouched)
 
 
+@case("produce_one", "an own id")
+def _(w: World, n: int) -> Case:
+    return Case([w.keys.lanes[2], *w.keys.dedup, w.keys.counters], [HOUR, 2, "id", "t0", w.frame(0)])
+
+
+@case("produce_one", "a token")
+def _(w: World, n: int) -> Case:
+    return Case([w.keys.lanes[2], *w.keys.tokens, w.keys.counters], [60_000, 2, "token", "token", w.frame(0)])
+
+
 @case("promote", "due in every lane")
 def _(w: World, n: int) -> Case:
     k = w.keys
@@ -195,8 +205,8 @@ def _(w: World, n: int) -> Case:
     for number, entry in enumerate(ids):
         args += (entry, 1, f"t{number}", RECORD, w.keys.replies("client"))
     results = [w.keys.result(f"t{i}") for i in range(n)]
-    keys = [w.keys.lanes[2], w.keys.counters, w.keys.cancels, *results]
-    return Case(keys, args, frozenset(range(4, 4 + n)))
+    keys = [w.keys.lanes[2], w.keys.counters, w.keys.cancels, w.keys.cancelled_steps, *results]
+    return Case(keys, args, frozenset(range(5, 5 + n)))
 
 
 def _retry(w: World, n: int, delay: int, counter: str) -> Case:
@@ -216,6 +226,17 @@ def _(w: World, n: int) -> Case:
 @case("retry", "throttled")
 def _(w: World, n: int) -> Case:
     return _retry(w, n, 60_000, "throttled")
+
+
+@case("hasten", "throttled")
+def _(w: World, n: int) -> Case:
+    seconds, micros = map(int, w.client("TIME"))
+    due, args = seconds * 1000 + micros // 1000 + HOUR, list[Any]()
+    for number in range(n):
+        w.client("HSET", w.keys.bodies, f"t{number}", dumps([2, 0, 1, 0, "frame", 1]))
+        w.client("ZADD", w.keys.delayed, due, f"t{number}")
+        args += (f"t{number}", HOUR, 60_000)
+    return Case([w.keys.delayed, w.keys.bodies], [5_000, *args])
 
 
 @case("retry", "at once")
@@ -277,7 +298,7 @@ def _(w: World, n: int) -> Case:
 def cancel_call(w: World, task_id: str, message_id: str = "", untouched: frozenset[int] = frozenset()) -> Case:
     """The call that cancels a task; not a case by itself."""
     k = w.keys
-    keys = [*k.streams, k.delayed, k.bodies, *k.dedup, k.counters, k.cancels, k.result(task_id)]
+    keys = [*k.streams, k.delayed, k.bodies, *k.dedup, k.counters, k.cancels, k.result(task_id), k.cancelled_steps]
     args = [task_id, frame_ident(task_id), message_id, GROUP, cancelled_record(task_id), HOUR, 24 * HOUR, 1000]
     return Case(keys, args, frozenset({15}), untouched)
 
@@ -293,6 +314,14 @@ def _(w: World, n: int) -> Case:
 def _(w: World, n: int) -> Case:
     w.delay(1)
     return cancel_call(w, "t0", "", frozenset({1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 14}))
+
+
+@case("cancel", "a step of a workflow")
+def _(w: World, n: int) -> Case:
+    frame = encode_task({"id": "t0", "type": "x", "metadata": {STEP: ["n", "w", 0, 1, ":0"]}}).frame
+    w.client("XADD", w.keys.lanes[2], "1-1", "t", frame)
+    w.client("HSET", w.keys.cancelled_steps, *(part for i in range(n) for part in (f"other{i}", frame)))
+    return cancel_call(w, "t0", "2:1-1", frozenset({1, 2, 4, 5, 6, 7, 8, 10, 12, 14}))
 
 
 @case("cancel", "in flight")
@@ -443,7 +472,7 @@ def _(w: World, n: int) -> Case:
 def _workflow(w: World, n: int, **fields: Any) -> WorkflowKeys:
     """Workflow ``w`` of ``n`` steps behind its first, which runs; ``fields`` of its record besides."""
     keys = WorkflowKeys(w.queue)
-    head = {"format": 2, "status": "running", "phase": "running", "driven": 1, "token": "t", "planned": n + 1}
+    head = {"format": 3, "status": "running", "phase": "running", "driven": 1, "token": "t", "planned": n + 1}
     head |= {
         "steps": n + 1,
         "left": n + 1,
@@ -455,7 +484,7 @@ def _workflow(w: World, n: int, **fields: Any) -> WorkflowKeys:
         "version": 7,
     }
     head |= {"n:0": " ".join(("fl--", "-1", "0", "s0", *(str(i) for i in range(1, n + 1)))), "p:0": "p", "input": "i"}
-    head |= {"q:0": "R 1 1 5 0 0 1 0 0", "task": "t", "created": 1} | fields
+    head |= {"q:0": "R 1 1 5 0 0 1 0 0 0", "task": "t", "created": 1} | fields
     for i in range(1, n + 1):
         head |= {f"n:{i}": f"fl-- -1 1 s{i}", f"p:{i}": "p"}
     w.client("HSET", keys.state("w"), *(part for pair in head.items() for part in pair))
@@ -474,13 +503,13 @@ def _(w: World, n: int) -> Case:
     keys, fields = WorkflowKeys(w.queue), [part for i in range(n) for part in (f"p:{i}", "x")]
     w.client("ZADD", keys.expiry, 1, "old")
     w.client("ZADD", keys.index, 1, "old")
-    args = ["w", "token", 5_000, 1, 0, n, *fields, 1, "c:a", "1"]
+    args = ["w", "token", 5_000, "", 1, 0, n, *fields, 1, "c:a", "1"]
     return Case([*keys.scripted("w")], args, frozenset({2, 3}), frozenset({5}))
 
 
 @case("workflow_move", "begin")
 def _(w: World, n: int) -> Case:
-    keys = _workflow(w, n, running=0, **{"q:0": "P 0 1 0 0 0 0 0 0"})
+    keys = _workflow(w, n, running=0, **{"q:0": "P 0 1 0 0 0 0 0 0 0"})
     w.client("ZADD", keys.outbox, 1, "w|0|1")
     return _move(keys, "begin", 0, 1, 5)
 
@@ -503,7 +532,7 @@ def _(w: World, n: int) -> Case:
 
 @case("workflow_move", "signal")
 def _(w: World, n: int) -> Case:
-    waits = {"running": 0, "q:0": "W 1 1 5 0 0 1 0 0", "w:0": "signal again 0 s", "a:s": "0"}
+    waits = {"running": 0, "q:0": "W 1 1 5 0 0 1 0 0 0", "w:0": "signal again 0 s", "a:s": "0"}
     return _move(_workflow(w, n, **waits), "signal", "s", "v", "token", "d")
 
 

@@ -25,6 +25,7 @@ from orchestra.errors import (
 )
 from orchestra.task_queue import RedisStreamTaskQueue
 from tests.conftest import free_port
+from tests.faults._checks import until
 
 SHORT = 0.3
 AMPLE = 20.0
@@ -184,6 +185,7 @@ async def test_what_is_fsynced_survives_kill_9(make_server, fsync):
         server.kill()
         await queue.close()
     server.start()
+    await until(lambda: server.ask(b"PING")[:1] == b"+")  # it has loaded its file
     assert await produced(server) == len(ids)
 
 

@@ -65,8 +65,9 @@ async def test_c1_a_produce_whose_reply_is_late_adds_one_entry(make_server):
         manager = ConnectionManager(proxy.url, **HASTY)
         producer = RedisStreamTaskQueue("tasks", "workers", manager=manager)
         await producer.get_queue_depth()
-        for tasks in ([{"type": "work"}] * 3, [{"id": "own", "type": "work"}]):
-            late = proxy.delay_reply("produce", seconds=1.2)
+        calls = {"produce": [{"type": "work"}] * 3, "produce_one": [{"id": "own", "type": "work"}]}
+        for script, tasks in calls.items():
+            late = proxy.delay_reply(script, seconds=1.2)
             ids = await producer.produce_many(tasks)
             assert late.fired
             assert len(set(ids)) == len(tasks)

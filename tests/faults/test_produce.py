@@ -95,7 +95,7 @@ async def test_full_memory_does_not_deny_what_a_lost_reply_has_added(make_server
     async with Proxy(server.url) as proxy, ConnectionManager(proxy.url) as manager:
         queue = queue_on(manager, patience=1.0)
         await queue.produce({"id": "warm", "type": "x"})
-        lost = proxy.drop_reply("produce")
+        lost = proxy.drop_reply("produce_one")
         sending = asyncio.ensure_future(queue.produce({"id": "t", "type": "x"}))
         await lost.wait()
         server.ask(b"CONFIG SET maxmemory 1")
@@ -115,7 +115,7 @@ async def test_a_reply_that_is_lost_for_good_is_said_and_may_be_sent_again(redis
     async with Proxy(redis_url) as proxy, ConnectionManager(proxy.url) as manager:
         queue = queue_on(manager, patience=0.0)
         await queue.produce({"id": "warm", "type": "x", "delay": 3600})
-        lost = proxy.drop_reply("produce")
+        lost = proxy.drop_reply("produce_one")
         with pytest.raises(StoreUnavailableError, match="may have been executed"):
             await queue.produce({"id": "t", "type": "x"})
         assert lost.fired

@@ -411,6 +411,22 @@ async def test_a8_a_pill_that_cannot_be_buried_is_not_kept_for_ever(manager):
     await thief.close()
 
 
+@pytest.mark.parametrize("count", [2**31 - 1, 2**40])
+async def test_a8_an_absurd_delivery_count_harms_no_neighbour(manager, count):
+    """A8: somebody's ``XCLAIM … RETRYCOUNT`` makes a pill of one entry; the one taken over with it is handed out."""
+    queue, thief = queue_for(manager), trusting(queue_for(manager))
+    await queue.produce_many([{"id": "pill", "type": "x"}, {"id": "sound", "type": "x"}])
+    pill, _ = await queue.read("first", 2, 100)
+    key = queue.keys.streams[pill.stream]
+    await manager.client.xclaim(key, queue.group, "first", 0, [pill.entry], retrycount=count)
+    await age(manager.client, queue, 100)
+    assert [found.header.id for found in (await thief.maintain("second", 10)).deliveries] == ["sound"]
+    (letter,) = await queue.read_dlq()
+    assert (letter.reason, letter.error_info["deliveries"]) == ("crashed", count)
+    await queue.close()
+    await thief.close()
+
+
 # -- names
 
 

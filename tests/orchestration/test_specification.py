@@ -814,7 +814,7 @@ async def test_integration_guidelines(agents, capsys):
     state = await workflow_engine.load_workflow_state("w1")
     assert state.workflow_context["final_output"] == {"n": 2}
     await drained(task_queue)
-    assert sorted(seen) == ["t1", "w1:0"]
+    assert sorted(seen) == ["t1", f"w1:0:{state.task['life']}"]
     assert (await worker_manager.sample()).depth is None
 
     # Stop accepting new tasks

@@ -98,7 +98,7 @@ class TestEveryStrategy:
 
     def test_sixteen_threads(self, strategy):
         """Selections, status reports and leavers at once: no error, and always an offered worker."""
-        workers, errors, counts = [f"w{number}" for number in range(8)], [], Counter()
+        workers, errors, counts, lock = [f"w{number}" for number in range(8)], [], Counter(), threading.Lock()
         start = threading.Barrier(16)
 
         def run(number):
@@ -112,7 +112,8 @@ class TestEveryStrategy:
                     if number == 1 and turn % 50 == 0:
                         strategy.remove_worker(workers[turn % 8])
                     strategy.task_done(workers[turn % 8])
-                counts.update(mine)
+                with lock:
+                    counts.update(mine)
             except BaseException as error:
                 errors.append(error)
 

@@ -167,3 +167,15 @@ async def test_whoever_gives_up_holds_nobody_up():
         await doors.enter(["j", "k"])
         doors.leave(["j", "k"])
     assert doors._rounds == {}
+
+
+def test_a_line_whose_limit_is_raised_is_as_much_shorter():
+    line = Line("api", 10.0, 100.0)
+    line.ends_at(150.0)
+    line.refused("a", 1, 120.0)
+    line.hurry(1.0, 100.0)
+    assert (line.interval, line.tail) == (1.0, pytest.approx(105.0))
+    assert line.newcomer(100.0) == pytest.approx(106.0)
+    assert line.asks("b", 100.0) == (pytest.approx(103.0), 0), "behind the one who was put off before"
+    line.hurry(0.5, 200.0)
+    assert line.tail < 200.0, "what is over stays so"

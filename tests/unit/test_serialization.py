@@ -23,6 +23,7 @@ from orchestra.serialization import (
     decode_task,
     dumps,
     encode_task,
+    encode_tasks,
     loads,
     new_task_id,
 )
@@ -75,6 +76,20 @@ def test_the_frame_is_two_messagepack_values():
     at = decode_header(frame).body_at
     assert msgpack.decode(frame[:at]) == [1, "task-123", "text_classification", 1]
     assert msgpack.decode(frame[at:]) == {"input": {"text": "Classify this text"}}
+
+
+def test_many_tasks_are_encoded_like_one():
+    first, second, third = encode_tasks([{"type": "t"}, TASK, {"type": "t"}], reply="channel-1", flags=1)
+    assert second == encode_task(TASK, reply="channel-1", flags=1)
+    assert not (first.own_id or third.own_id)
+    assert first.id < third.id
+    assert decode_task(third.frame) == {"id": third.id, "type": "t", "priority": 2}
+    assert encode_tasks([]) == []
+    with pytest.raises(errors.InvalidTaskTypeError) as refused:
+        encode_tasks([TASK, {"type": "t", "input": [{1}]}, 7])
+    assert refused.value.path == "input[0]"
+    with pytest.raises(errors.TaskTooLargeError):
+        encode_tasks([TASK], max_bytes=20)
 
 
 def test_ids_given_and_made():

@@ -210,6 +210,8 @@ def _renewals_off() -> None:
 def _no_dedup() -> None:
     _replaced(r"if record or before then return", "if false then return", "produce")
     _replaced(r"and known\[mode\[3\]\] then", "and false then", "produce")
+    _replaced(r"local known = redis", "local known = false and redis", "produce_one")
+    _replaced(r"  known = redis", "  known = false and redis", "produce_one")
 
 
 def _group_at_end() -> None:
