@@ -39,13 +39,6 @@ def queue_on(manager, durability, **options):
     return RedisStreamTaskQueue("tasks", "workers", manager=manager, durability=durability, **options)
 
 
-async def until(condition, seconds=20.0):
-    async with asyncio.timeout(seconds):
-        while not (value := await condition()):
-            await asyncio.sleep(0.02)
-        return value
-
-
 @pytest.fixture
 def family(make_server):
     """A master and two replicas that are in touch; ends with every replica running."""
