@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks import _raw
 from benchmarks._worker import ROOT, resident, run_loop
+from orchestra._process import set_heap_aside
 from orchestra.agents import AgentRegistry
 from orchestra.connections import ConnectionManager
 from orchestra.dispatcher import Dispatcher
@@ -62,6 +63,7 @@ async def serve(url: str, concurrency: int, window: int, sleep: float, burst: in
     agents = AgentRegistry()
     agents.register("text_classification", agent)
     async with queue_at(url) as queue:
+        set_heap_aside()
         sys.stdout.write("ready\n")
         sys.stdout.flush()
         await asyncio.to_thread(sys.stdin.readline)

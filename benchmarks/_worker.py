@@ -2,6 +2,7 @@
 
 ``python -m benchmarks._worker MODE URL [COUNT]``; writes one JSON line when it is done (``drain``, ``sleep``, ``burn`` in
 processes, ``load``: also the microseconds since each task's ``sent``), lives until killed (``wake``, ``answer``, ``idle``), or reads raw (``raw-wake``, ``raw-echo``). Says ``ready`` on stderr.
+Its heap is set aside from the collector before the first task, as ``orchestra worker`` does it.
 Concurrency: one event loop; ``ORCHESTRA_BENCH_UVLOOP=1`` makes it uvloop's.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 
 from benchmarks import _raw
 from benchmarks._burn import burn
+from orchestra._process import set_heap_aside
 from orchestra.agents import AgentRegistry
 from orchestra.connections import ConnectionManager
 from orchestra.dispatcher import Dispatcher
@@ -101,6 +103,7 @@ async def serve(url: str, mode: str, count: int) -> None:
     async with queue_at(url) as queue:
         dispatcher = Dispatcher(queue, agents=agents, max_concurrent_dispatch=1000 if mode == "sleep" else 100)
         async with dispatcher:
+            set_heap_aside()
             sys.stderr.write("ready\n")
             if mode == "burn":
                 first = await _completed(dispatcher, 1)

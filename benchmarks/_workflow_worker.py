@@ -16,6 +16,7 @@ import sys
 import time
 
 from benchmarks._worker import run_loop
+from orchestra._process import set_heap_aside
 from orchestra._workflow.driver import Driver
 from orchestra._workflow.runner import StepRunner
 from orchestra.agents import AgentRegistry
@@ -49,6 +50,7 @@ async def main(mode: str, url: str, workflows: int, steps: int) -> None:
         engine = WorkflowEngine(MemoryManager(manager, namespace=NAME))
         runner = StepRunner(engine, queue, agents=agents)
         async with Dispatcher(queue, agents=agents, workflows=runner, max_concurrent_dispatch=CONCURRENCY):
+            set_heap_aside()
             sys.stderr.write("ready\n")
             if mode == "help":
                 await asyncio.Event().wait()

@@ -18,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from orchestra import telemetry
@@ -291,8 +290,12 @@ class QueueWorkerPool:
         self._note_change()
         if not task.cancelled() and task.exception() is not None:
             logger.error("a worker of pool %s ended", self.name, exc_info=task.exception())
-        if not self.closed and self._waiting():  # its agent may have cancelled it; somebody is to do what it was to do
-            asyncio.get_running_loop().call_later(REPLACE_AFTER, lambda: self.closed or self.wake())
+        if self._waiting():  # its agent may have cancelled it; somebody is to do what it was to do
+            asyncio.get_running_loop().call_later(REPLACE_AFTER, self._replace)
+
+    def _replace(self) -> None:
+        if not self.closed:
+            self.wake()
 
     def _start_nowait(self, slot: Slot) -> Awaitable[None] | More | None:
         metrics = self.metrics
@@ -483,17 +486,14 @@ class QueueWorkerPool:
             self._changed.set()
 
     async def _next_change(self) -> None:
-        if self._changed is None:
-            self._changed = asyncio.Event()
+        self._changed = self._changed or asyncio.Event()
         self._changed.clear()
         await self._changed.wait()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.shutdown()
 
     def __repr__(self) -> str:

@@ -1,6 +1,7 @@
 """orchestra's classes with their defaults: a queue and a dispatcher, tasks under ids of their own (deduplicated).
 
-Concurrency is what a user says in any case: 1,000 where 1,000 agents wait. No uvloop.
+Concurrency is what a user says in any case: 1,000 where 1,000 agents wait. No uvloop; the collector is treated as
+``orchestra worker`` treats it.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import contextlib
 import shared
 
 from orchestra import AgentRegistry, ConnectionManager, Dispatcher, RedisStreamTaskQueue
+from orchestra._process import set_heap_aside
 
 PACKAGES = ["orchestra-engine", "redis", "hiredis"]
 UVLOOP = False
@@ -40,6 +42,7 @@ def worker():
         agents = AgentRegistry()
         agents.register("text_classification", task)
         async with open_queue() as queue:
+            set_heap_aside()
             await Dispatcher(queue, agents=agents, max_concurrent_dispatch=shared.SETTINGS["concurrency"]).run()
 
     asyncio.run(serve())

@@ -6,6 +6,7 @@ import contextlib
 import shared
 
 from orchestra import App
+from orchestra._process import set_heap_aside
 
 PACKAGES = ["orchestra-engine", "redis", "hiredis"]
 UVLOOP = False
@@ -31,6 +32,7 @@ async def producer():
 def worker():
     async def serve():
         async with app:
+            set_heap_aside()
             await app.worker(concurrency=shared.SETTINGS["concurrency"]).run()
 
     asyncio.run(serve())
