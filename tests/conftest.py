@@ -1,6 +1,7 @@
 """Fixtures for every test: a private server of our own, started once, and connections to it.
 
-``ORCHESTRA_REDIS_SERVER`` selects the server program. Nothing here touches a server it did not start.
+``ORCHESTRA_REDIS_SERVER`` selects the server program, ``ORCHESTRA_TEST_UVLOOP=1`` uvloop's event loop for tests that are
+coroutines. Nothing here touches a server it did not start.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ import threading
 import time
 from pathlib import Path
 
+import hypothesis
 import pytest
 import pytest_asyncio
 
 # For `tests.reference`. At the end, so that an installed orchestra is not hidden by the sources beside this folder.
 sys.path.append(str(Path(__file__).parents[1]))
+
+# A deadline tells how busy the machine is, not whether the code is right.
+hypothesis.settings.register_profile("orchestra", deadline=None)
+hypothesis.settings.load_profile("orchestra")
 
 QUICK = ("--save", "", "--appendonly", "no", "--enable-debug-command", "local", "--daemonize", "no")
 
@@ -96,6 +102,16 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+if os.environ.get("ORCHESTRA_TEST_UVLOOP", "0") not in ("", "0"):
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_asyncio_loop_factories(config, item):
+        """Every coroutine that is a test runs on uvloop's event loop."""
+        import uvloop
+
+        return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ class Raw:
 
 
 class FakeOpenAI:
-    """The server. ``requests`` are the bodies it got, in order."""
+    """The server. ``requests`` are the bodies it got, in order; ``disconnects``, how many clients left in their answer."""
 
     def __init__(self, *script: Answer | Failure | Raw) -> None:
         self.script = list(script)
@@ -64,8 +64,12 @@ class FakeOpenAI:
         return made
 
     @property
+    def address(self) -> tuple[str, int]:
+        return self._server.sockets[0].getsockname()
+
+    @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
+        return "http://{}:{}/v1".format(*self.address)
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -77,7 +81,9 @@ class FakeOpenAI:
         self._server.close()
         for task in self._serving:
             task.cancel()
-        await asyncio.gather(*self._serving)
+        for ended in await asyncio.gather(*self._serving, return_exceptions=True):
+            if isinstance(ended, Exception):  # not CancelledError: some were just closing their connection
+                raise ended
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._serving.add(asyncio.current_task())
@@ -93,7 +99,11 @@ class FakeOpenAI:
             body = json.loads(await reader.readexactly(int(fields.get("content-length", 0))))
             self.requests.append(body)
             said = self.script.pop(0) if len(self.script) > 1 else self.script[0]
-            await self._answer(said, body, reader, writer, len(self.requests))
+            try:
+                await self._answer(said, body, reader, writer, len(self.requests))
+            except ConnectionError:
+                self.disconnects += 1
+                raise
             if isinstance(said, Answer) and said.cut_after is not None:
                 return
 
@@ -117,10 +127,9 @@ class FakeOpenAI:
         await writer.drain()
 
     async def _held(self, hold: asyncio.Event, reader: asyncio.StreamReader) -> None:
-        """Until ``hold`` is set, or the client has gone."""
+        """Until ``hold`` is set, or the client has gone: by FIN, or by RST if it left anything unread."""
         while not hold.is_set():
-            if reader.at_eof():
-                self.disconnects += 1
+            if reader.at_eof() or reader.exception() is not None:
                 raise ConnectionResetError
             await asyncio.sleep(0.01)
 

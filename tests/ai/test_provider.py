@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import email.utils
+import socket
+import struct
 
 import pytest
 from pydantic import BaseModel
@@ -227,6 +229,21 @@ async def test_a_run_that_is_cancelled_before_the_first_token_hangs_up(memory, t
             while not fake.disconnects:
                 await asyncio.sleep(0.005)
         assert (await run(task())).strip() == "now"
+
+
+async def test_the_scripted_server_notices_a_client_that_leaves_its_answer_unread():
+    """Closed with bytes unread, a connection ends with RST: an error of the reader, and not its end."""
+    async with served(Answer("never", hold=asyncio.Event())) as fake:
+        body = b'{"model": "fake", "stream": true}'
+        reader, writer = await asyncio.open_connection(*fake.address)
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        no_lingering = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_lingering)
+        writer.transport.abort()
+        async with asyncio.timeout(20):
+            while not fake.disconnects:
+                await asyncio.sleep(0.005)
 
 
 async def test_the_agents_own_number_of_client_retries_is_kept(memory, task):

@@ -135,7 +135,7 @@ class NeverRefusesWhatRedisAdmits(RuleBasedStateMachine):
                 assert not check(tat, now, cost, self.EMISSION, self.BURST)[0]
 
 
-NeverRefusesWhatRedisAdmits.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+NeverRefusesWhatRedisAdmits.TestCase.settings = settings(max_examples=100, stateful_step_count=50)
 TestNeverRefusesWhatRedisAdmits = NeverRefusesWhatRedisAdmits.TestCase
 
 
@@ -221,7 +221,7 @@ class Bounded(RuleBasedStateMachine):
             assert self.table.known(f"key-{number}") == self.model.get(f"key-{number}")
 
 
-Bounded.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+Bounded.TestCase.settings = settings(max_examples=50, stateful_step_count=40)
 TestBounded = Bounded.TestCase
 
 

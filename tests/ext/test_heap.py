@@ -73,7 +73,7 @@ class Differential(RuleBasedStateMachine):
             assert self.ours.peek() is self.theirs.peek()
 
 
-Differential.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Differential.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestDifferential = Differential.TestCase
 
 

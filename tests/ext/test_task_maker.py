@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestra._ext.codec import DecodeError, TaskCodec, TaskMaker, decode_header, packb
@@ -55,7 +55,6 @@ def expected(frame, attempt, fence):
     return BaseTask(**head, input=given_input, metadata=metadata, attempt=attempt, fence=fence, extra=fields)
 
 
-@settings(deadline=None)
 @given(tasks, st.dictionaries(keys, values, max_size=3), st.integers(1, 2000), st.integers(0, 2**70))
 def test_a_task_is_the_one_its_constructor_would_make(task, extra, attempt, fence):
     frame = CODEC.encode({**extra, **task})[2]
@@ -68,7 +67,6 @@ def test_a_task_is_the_one_its_constructor_would_make(task, extra, attempt, fenc
     assert same == made
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_bytes_that_are_no_body_are_refused_as_decode_refuses_them(body):
     frame = HEADER + body

@@ -8,7 +8,7 @@ import weakref
 
 import hiredis
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestra._ext import wire
@@ -73,7 +73,6 @@ rows = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(st.integers(0, 7), entries, st.integers(0, 2**40))
 def test_entries_become_deliveries(stream, given_entries, rank):
     ours = outcome(wire.arrivals, Compiled, stream, given_entries, "me", rank)
@@ -81,14 +80,12 @@ def test_entries_become_deliveries(stream, given_entries, rank):
     assert len(ours) == len(given_entries)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 7), damaged)
 def test_a_damaged_reply_is_refused_whole_or_read_alike(stream, given_entries):
     ours = outcome(wire.arrivals, Compiled, stream, given_entries, "me", 0)
     assert ours == outcome(reference.arrivals, Plain, stream, given_entries, "me", 0)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 7), st.binary(max_size=9), fields, st.integers(1, 2**63 - 1), st.integers(0, 2**60))
 def test_one_delivery(stream, entry, given_fields, deliveries, rank):
     args = (stream, entry, given_fields, "me", deliveries, rank)
@@ -173,7 +170,6 @@ def test_a_header_is_decoded_once():
     assert calls == [1]
 
 
-@settings(deadline=None)
 @given(rows)
 def test_holding(given_rows):
     held, theirs = ([{} for _ in range(8)] for _ in range(2))
@@ -188,7 +184,6 @@ def test_holding_refuses_what_is_no_delivery():
         wire.hold([{}], [object()])
 
 
-@settings(deadline=None)
 @given(rows, st.data())
 def test_sorting_a_batch(given_rows, data):
     done, other = object(), object()
@@ -202,7 +197,6 @@ def test_a_batch_of_something_else_is_refused(pair):
         wire.sift([pair], 1)
 
 
-@settings(deadline=None)
 @given(rows, st.lists(st.binary(max_size=40), min_size=1, max_size=12))
 def test_ids_are_packed_as_hiredis_packs_them(given_rows, words):
     deliveries = make(Compiled, given_rows)
@@ -211,7 +205,6 @@ def test_ids_are_packed_as_hiredis_packs_them(given_rows, words):
     assert packed == reference.with_ids(hiredis.pack_command(tuple(words)), deliveries)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=30))
 def test_what_is_not_packed_is_refused_or_ends_as_the_oracle_says(command):
     def packed(function):

@@ -52,7 +52,7 @@ class Differential(RuleBasedStateMachine):
         assert [self.ours.weight(ident) for ident in "abcdefgh"] == [self.theirs.weight(ident) for ident in "abcdefgh"]
 
 
-Differential.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+Differential.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestDifferential = Differential.TestCase
 
 

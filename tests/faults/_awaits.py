@@ -1,8 +1,10 @@
 """Cancels a coroutine at its k-th suspension, for every k, or k loop iterations after it began; and looks what is left.
 
-Three moments at a suspension: ``now`` (while it begins to wait), ``soon`` (one loop iteration into it) and ``done`` (in
-the very iteration in which what it waits for is done, before it wakes: where ``asyncio.wait_for`` of Python 3.11 lost
-cancellations). A second cancellation may follow at the k2-th suspension after the first.
+Four moments at a suspension: ``running`` (in the step that leads to it: the task is to notice when it begins to wait;
+what the SIGINT handler of ``asyncio.run`` does), ``now`` (while it begins to wait), ``soon`` (one loop iteration into it)
+and ``done`` (in the very iteration in which what it waits for is done, before it wakes). ``asyncio.wait_for`` of
+Python 3.11 loses cancellations at the first and the last. A second cancellation may follow at the k2-th suspension after
+the first.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ Make = Callable[[], Coroutine[Any, Any, Any]]
 
 @dataclass
 class Run:
-    """How one operation ended. ``fired``: its task was cancelled before it was done."""
+    """How one operation ended. ``fired``: its task was cancelled before it was done; ``missed``: in its last step."""
 
     fired: int = 0
+    missed: bool = False
     value: Any = None
     error: BaseException | None = None
     awaits: int = 0
@@ -49,9 +52,14 @@ class _Stepped:
         value: Any = None
         error: BaseException | None = None
         while True:
+            fires = self.how == "running" and self.run.awaits == self.at - 1 and not self.run.fired
+            if fires:
+                self._fire(self.victim or asyncio.current_task())
             try:
                 waited = steps.send(value) if error is None else steps.throw(error)
             except StopIteration as end:
+                if fires:  # it was the last step: the operation could not notice, and has done its work
+                    self.run.fired, self.run.missed, self.run.value = 0, True, end.value
                 return end.value
             self._suspended(waited)
             try:
@@ -129,6 +137,8 @@ async def cancelled_after(make: Make, ticks: int) -> Run:
 async def _outcome(task: asyncio.Task, run: Run) -> Run:
     await asyncio.wait((task,), timeout=LIMIT)
     assert task.done(), f"hangs after its cancellation: {task.get_stack()}"
+    if run.missed:
+        return run
     if task.cancelled():
         run.error = asyncio.CancelledError()
     elif task.exception() is not None:

@@ -15,7 +15,7 @@ from orchestra.task_queue import RedisStreamTaskQueue
 from tests.faults._awaits import new_tasks, open_files, our_threads, until
 
 NEEDS_PROC = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
-HOW = pytest.mark.parametrize("how", ["now", "soon", "done"])
+HOW = pytest.mark.parametrize("how", ["running", "now", "soon", "done"])
 serial = itertools.count()
 
 

@@ -48,24 +48,24 @@ async def bench(redis_url):
 async def test_pool_submit(bench, how, full):
     """J1: a cancelled submit has queued its job or not; the pool runs on."""
     pool = QueueWorkerPool("p", OrchestrationWorkerPoolConfig(workers=1, max_concurrent_tasks=1, max_queue_size=1))
-    gate, ran = asyncio.Event(), []
+    gates, ran = [], []
 
-    async def job(number):
+    async def job(gate, number):
         ran.append(number)
         await gate.wait()
 
     async def prepare():
         await pool.join()
-        gate.clear()
+        gates.append(gate := asyncio.Event())  # of this round alone: the timer below may fire in a later one
         if full:
-            await pool.submit(job, "running")
+            await pool.submit(job, gate, "running")
             await until(pool.get_running_tasks, "a running job")
-            await pool.submit(job, "queued")
+            await pool.submit(job, gate, "queued")
             asyncio.get_running_loop().call_later(0.005, gate.set)
-        return lambda: pool.submit(job, "mine", timeout=30)
+        return lambda: pool.submit(job, gate, "mine", timeout=30)
 
     async for _, run in at_every_await(prepare, how=how):
-        gate.set()
+        gates[-1].set()
         await pool.join()
         assert pool.get_queue_size() == pool.get_running_tasks() == 0
         assert run.cancelled or "mine" in ran

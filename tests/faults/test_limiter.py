@@ -197,7 +197,7 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(STEP, max_size=60))
 def test_leases_never_overshoot(steps):
     """I7: whatever is taken, spent and given back by three clients: what was spent, at the time it was taken, keeps the bound."""
@@ -243,7 +243,7 @@ def test_leases_never_overshoot(steps):
     assert worst_window(sorted(log), emission) <= burst
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(
         st.tuples(st.integers(0, 3), st.integers(0, 5000), st.integers(1, 6), st.booleans(), st.booleans()), max_size=60

@@ -426,7 +426,7 @@ NUMBERS = st.one_of(
 
 
 @given(NUMBERS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_delay_is_in_range_or_refused(delay):
     """F6: NaN, infinite, negative, beyond ten years, not a number: a typed error; otherwise it is kept exactly."""
     number = isinstance(delay, int | float) and not isinstance(delay, bool)
@@ -441,7 +441,7 @@ def test_a_delay_is_in_range_or_refused(delay):
 
 
 @given(NUMBERS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_deadline_is_a_time_or_refused(deadline):
     """F6"""
     try:
@@ -453,7 +453,7 @@ def test_a_deadline_is_a_time_or_refused(deadline):
 
 
 @given(st.floats(0, 3e8, exclude_min=True, width=64))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_delayed_task_is_due_when_it_says_and_never_earlier(redis_server, delay):
     """F6, H6: the due time is the delay, rounded up to a millisecond, after the clock of Redis."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestra import _documents, _keys
@@ -44,7 +44,6 @@ async def test_scopes_are_apart_from_each_other_and_from_the_namespace(memory):
 idents = st.text("ab1:/}{.", min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(st.lists(idents, max_size=3), idents, st.lists(idents, max_size=3), idents)
 def test_two_paths_of_scopes_never_give_the_same_key(parts, name, others, other):
     def key(path: list[str], end: str) -> tuple[str, str]:

@@ -613,7 +613,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(configs, steps)
 def test_it_agrees_with_a_naive_oracle(chosen, schedule):
     config, clock = CircuitBreakerConfig(**chosen), ManualClock()

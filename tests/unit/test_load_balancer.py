@@ -372,7 +372,7 @@ OFFERS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(OFFERS)
 def test_weights_are_exact_while_replicas_come_and_go(changes):
     """After each change (of offer, weight or health) the very next window of sum(weights) selections is exact."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestra._workflow.plan import (
@@ -466,7 +466,6 @@ def graphs(draw) -> list[dict]:
     return plan
 
 
-@settings(deadline=None)
 @given(graphs())
 def test_any_graph_is_accepted_and_its_order_respects_every_dependency(plan):
     valid = validate_plan(plan)
@@ -480,7 +479,6 @@ def test_any_graph_is_accepted_and_its_order_respects_every_dependency(plan):
     assert all(each.reads <= set(each.depends_on) for each in steps)
 
 
-@settings(deadline=None)
 @given(graphs(), st.data())
 def test_closing_a_circle_is_always_found(plan, data):
     steps = compile_plan(validate_plan(plan))
@@ -511,7 +509,6 @@ json = st.recursive(
 KEYS = "action args reasoning id depends_on retry timeout when on_failure compensate".split()
 
 
-@settings(deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from(KEYS), json | st.just("orchestra.map"), max_size=6) | json, max_size=4))
 def test_whatever_comes_is_a_plan_or_is_refused(plan):
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestra._workflow.conditions import WORDS, holds
@@ -103,7 +103,6 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(values)
 def test_without_references_a_value_stays_what_it_is(value):
     assert resolve(value, Facts()) == value
@@ -182,7 +181,6 @@ def test_the_words_are_a_closed_list():
     assert WORDS == ("eq", "ne", "lt", "le", "gt", "ge", "in", "and", "or", "not", "exists")
 
 
-@settings(deadline=None)
 @given(st.integers(), st.integers())
 def test_comparisons_are_those_of_the_values(left, right):
     facts = Facts(input=[left, right])

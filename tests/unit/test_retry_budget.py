@@ -70,7 +70,7 @@ def test_a_clock_that_stands_still_or_goes_back_does_no_harm():
     assert waits == [0.0] * 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ratio=st.floats(0.0, 10.0),
     floor=st.floats(0.1, 1000.0),
@@ -91,7 +91,7 @@ def test_the_wait_is_never_negative_never_above_its_limit_and_repeats(ratio, flo
     assert waits == run()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     floor=st.floats(1.0, 100.0),
     steps=st.lists(st.tuples(st.floats(0.0, 3.0), st.integers(1, 50)), min_size=1, max_size=30),

@@ -34,7 +34,7 @@ def drain(scheduler):
     level=st.sampled_from([HIGH, NORMAL, LOW]),
     ahead=st.integers(0, 15),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_flood_makes_a_task_wait_longer_than_max_wait(wait_ticks, per_tick, level, ahead):
     """One task is served a tick, while any number of more urgent ones arrives: more than can be served, too."""
     clock = ManualClock()
@@ -105,7 +105,7 @@ def test_peek_shows_what_is_taken_next():
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 50)), min_size=1, max_size=60),
     st.integers(1, 20),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_ranks_let_a_task_be_passed_only_by_what_comes_within_the_aging(arrivals, aging):
     scheduler, now, items = PriorityScheduler(), 0, []
     for number, (level, pause) in enumerate(arrivals):
@@ -384,7 +384,7 @@ class Order(RuleBasedStateMachine):
         assert len(self.scheduler) == len(self.held)
 
 
-Order.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Order.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestOrder = Order.TestCase
 
 
