@@ -117,23 +117,22 @@ def worker(
             f"{target!r} has an App without agents: decorate a function with @app.agent", field="target"
         )
     if count.high > 1:
-        if sys.platform == "win32":
-            raise ConfigurationError(
-                "--processes needs a POSIX system: start several workers instead", field="--processes"
-            )
-        options = [
-            f"--drain-timeout={drain_timeout}",
-            f"--retry-budget={retry_budget}",
-            f"--log-level={log_level}",
-            f"--loop={loop}",
-            *(["--json-logs"] if json_logs else []),
-        ]
-        for name, value in (("concurrency", concurrency), ("redis", redis), ("queue", queue)):
-            options += [] if value is None else [f"--{name}={value}"]
-        return Supervisor([target, *options], count, drain_timeout).run()
+        given = {"drain-timeout": drain_timeout, "retry-budget": retry_budget, "log-level": log_level, "loop": loop}
+        given |= {"concurrency": concurrency, "redis": redis, "queue": queue}
+        return _supervised(target, given, count, drain_timeout, json_logs=json_logs)
     with Stopper(os._exit, drain_timeout + KILL_GRACE) as stopper:
         dispatching = {"concurrency": concurrency, "drain_timeout": drain_timeout, "retry_budget": budget}
         return run_to_the_end(_work(app, stopper, parent_fd, report_every, dispatching), loop)
+
+
+def _supervised(
+    target: str, given: dict[str, object], count: Processes, drain_timeout: float, *, json_logs: bool
+) -> int:
+    """Run ``count`` workers with the options that were ``given`` (None: by default) until they are told to stop."""
+    if sys.platform == "win32":
+        raise ConfigurationError("--processes needs a POSIX system: start several workers instead", field="--processes")
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return Supervisor([target, *options, *(["--json-logs"] if json_logs else [])], count, drain_timeout).run()
 
 
 def parse_retry_budget(text: str) -> RetryBudget | None:

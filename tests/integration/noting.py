@@ -1,4 +1,4 @@
-"""A registry whose agents note the tasks they were given, for tests of workflows."""
+"""What tests of workflows share: agents that note the tasks they were given, and a process that dies."""
 
 from __future__ import annotations
 
@@ -31,3 +31,7 @@ class Agents(AgentRegistry):
 
     def runs(self):
         return Counter(task.type for task in self.seen)
+
+
+class Killed(BaseException):
+    """The process is gone: nothing catches it."""

@@ -9,56 +9,21 @@ import time
 import pytest
 
 from orchestra._delivery import STEP, Again, Sooner
-from orchestra._workflow import making, record, redis_store, twin, upkeep
+from orchestra._workflow import making, record, upkeep
 from orchestra._workflow.driver import Driver, step_task_id
 from orchestra._workflow.making import PLAN
 from orchestra._workflow.planning import Planned
 from orchestra._workflow.runner import StepRunner
 from orchestra.dispatcher import Dispatcher
 from orchestra.errors import RetryLater
-from orchestra.memory import MemoryManager
 from orchestra.memory_queue import InMemoryTaskQueue
-from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import BaseTask, Cancellation, Outcome, TaskState
 from orchestra.workflow import Ready, StepState, WorkflowEngine
+from tests.integration.noting import Killed
 from tests.integration.waiting import settled, until
 
 DONE, FAILED, SKIPPED = StepState.COMPLETED, StepState.FAILED, StepState.SKIPPED
 PENDING, RUNNING, WAITING = StepState.PENDING, StepState.RUNNING, StepState.WAITING
-
-
-class Killed(BaseException):
-    """The process is gone: nothing catches it."""
-
-
-@pytest.fixture(params=["redis", "memory"])
-def place(request):
-    if request.param == "memory":
-        return InMemoryTaskQueue("wf", "workers"), MemoryManager("memory:", namespace="wf")
-    manager = request.getfixturevalue("manager")
-    return RedisStreamTaskQueue("wf", "workers", manager=manager), MemoryManager(manager, namespace="wf")
-
-
-@pytest.fixture
-def queue(place):
-    return place[0]
-
-
-@pytest.fixture
-def engine(place):
-    return WorkflowEngine(place[1])
-
-
-@pytest.fixture
-def driver(engine, queue):
-    return Driver(engine, queue)
-
-
-@pytest.fixture(autouse=True)
-def grace(monkeypatch):
-    """What has not begun is sent again by the next sweep."""
-    monkeypatch.setattr(redis_store, "GRACE_MS", 0)
-    monkeypatch.setattr(twin, "GRACE_MS", 0)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from orchestra._delivery import STEP, Again, Bury
-from orchestra._workflow import redis_store, runner, twin
+from orchestra._workflow import runner
 from orchestra._workflow.driver import Driver, step_task_id
 from orchestra._workflow.making import PLAN
 from orchestra._workflow.planning import Planned
@@ -17,49 +17,15 @@ from orchestra._workflow.upkeep import Upkeep, sweep
 from orchestra.dispatcher import Dispatcher
 from orchestra.errors import QueueFullError, Reject, StoreError, WorkflowError
 from orchestra.memory import MemoryManager
-from orchestra.memory_queue import InMemoryTaskQueue
 from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import BaseTask, TaskState
 from orchestra.workflow import StepState, WorkflowEngine, validate_plan
+from tests.integration.noting import Killed
 from tests.integration.waiting import settled
 
 DONE, FAILED, SKIPPED = StepState.COMPLETED, StepState.FAILED, StepState.SKIPPED
 PENDING, WAITING = StepState.PENDING, StepState.WAITING
 CRASHED = Bury("crashed", 5, {})
-
-
-class Killed(BaseException):
-    """The process is gone: nothing catches it."""
-
-
-@pytest.fixture(params=["redis", "memory"])
-def place(request):
-    if request.param == "memory":
-        return InMemoryTaskQueue("wf", "workers"), MemoryManager("memory:", namespace="wf")
-    manager = request.getfixturevalue("manager")
-    return RedisStreamTaskQueue("wf", "workers", manager=manager), MemoryManager(manager, namespace="wf")
-
-
-@pytest.fixture
-def queue(place):
-    return place[0]
-
-
-@pytest.fixture
-def engine(place):
-    return WorkflowEngine(place[1])
-
-
-@pytest.fixture
-def driver(engine, queue):
-    return Driver(engine, queue)
-
-
-@pytest.fixture(autouse=True)
-def grace(monkeypatch):
-    """What has not begun is sent again by the next sweep."""
-    monkeypatch.setattr(redis_store, "GRACE_MS", 0)
-    monkeypatch.setattr(twin, "GRACE_MS", 0)
 
 
 @pytest.fixture
