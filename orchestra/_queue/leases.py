@@ -28,7 +28,7 @@ from orchestra import telemetry
 from orchestra._delivery import Delivery
 from orchestra._keys import QueueKeys
 from orchestra._queue.base import LeaseLost
-from orchestra._queue.stall import STALL_AFTER, LoopWatch, stack_of
+from orchestra._queue.stall import STALL_AFTER, LoopWatch, Pulse, stack_of
 from orchestra._redis.errors import reply_code
 from orchestra._scripts import forgotten, script
 from orchestra.connections import map_redis_error
@@ -142,6 +142,7 @@ class LeaseKeeper(AbstractAsyncContextManager[None]):
         self._of = holding
         self._interval = holding.lease / SCANS_PER_LEASE
         self._timeout = max(SHORTEST_TIMEOUT, holding.lease / 4)
+        self._patience = 2 * self._timeout + LEAST_STANDSTILL
         self._on_lost = on_lost
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -149,6 +150,7 @@ class LeaseKeeper(AbstractAsyncContextManager[None]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
         self._watch = LoopWatch(lambda _: None)
+        self._pulse = Pulse(0.0)
         self._book = LeaseBook(holding.lease)
         self._floor = 0.0
         self._scan_at = 0.0
@@ -184,18 +186,20 @@ class LeaseKeeper(AbstractAsyncContextManager[None]):
     # The rest runs in the thread.
 
     def _run(self) -> None:
-        wake_at = time.monotonic()
+        self._pulse, pause = Pulse(time.monotonic()), 0.0
         try:
             self._connect()
-            while not self._stop.wait(max(0.0, wake_at - time.monotonic())):
+            self._beat(self._patience)
+            while not self._stop.wait(pause):
+                self._beat(pause)
                 try:
-                    self._turn(wake_at)
+                    self._turn()
                 except Exception:
                     if self._loop is None or self._loop.is_closed():
                         return  # nobody is left to work on what is held
                     logger.exception("keeping the leases of %s failed", self._of.consumer)
-                now = time.monotonic()
-                wake_at = min(max(now, self._scan_at), now + LOOK)
+                self._beat()
+                pause = min(max(0.0, self._scan_at - time.monotonic()), LOOK)
         finally:
             self._disconnect()
 
@@ -213,11 +217,15 @@ class LeaseKeeper(AbstractAsyncContextManager[None]):
         if client is not None:
             client.close()
 
-    def _turn(self, wake_at: float) -> None:
+    def _beat(self, waited: float = 0.0) -> None:
         now = time.monotonic()
-        if now - wake_at >= STALL_AFTER:
+        late = self._pulse.beat(now, waited)
+        if late:
             self._watch.forgive(now)
-            self._tell_blocked(now - wake_at, "process")
+            self._tell_blocked(late, "process")
+
+    def _turn(self) -> None:
+        now = time.monotonic()
         if any(self._of.held):
             self._look_at_loop(now)
         if now >= self._scan_at:
@@ -268,7 +276,7 @@ class LeaseKeeper(AbstractAsyncContextManager[None]):
             try:
                 self._renew(due)
             except Exception:
-                if time.monotonic() - began < 2 * self._timeout + LEAST_STANDSTILL:
+                if time.monotonic() - began < self._patience:
                     raise
                 self._disconnect()  # this process was stopped meanwhile: that it got no answer says nothing
                 self._renew(due)
@@ -319,12 +327,15 @@ class LeaseKeeper(AbstractAsyncContextManager[None]):
 
     def _run_script(self, keys: Sequence[str], args: Sequence[Any]) -> list[bytes]:
         lua = script("renew")
+        self._beat()
         try:
             answer: list[bytes] = self._client.execute_command("EVALSHA", lua.sha, len(keys), *keys, *args)
         except Exception as error:
             if not forgotten(error):
                 raise
             answer = self._client.execute_command("EVAL", lua.text, len(keys), *keys, *args)
+        finally:
+            self._beat(self._patience)
         return answer
 
     def _tell_lost(self, lost: list[Delivery]) -> None:

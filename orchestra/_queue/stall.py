@@ -1,6 +1,7 @@
 """Notices, from another thread, that an event loop or the whole process stands still.
 
-Owns the question ("are you there?") and the patience; refuses to own what follows from silence. Used by one thread;
+Owns the question ("are you there?") and the patience; refuses to own what follows from silence. Used by one thread:
+that it did not run itself is what it has to notice first, for then nobody else had to answer. Of a :class:`LoopWatch`
 only the answer is written by the loop's own thread, and reading or writing one attribute is atomic under the GIL.
 """
 
@@ -52,6 +53,25 @@ class LoopWatch:
 
     def _answer(self) -> None:
         self._asked = None
+
+
+class Pulse:
+    """Notices that its thread did not run: a stop of the process, or a call elsewhere that holds the GIL.
+
+    The thread beats before and after whatever it waits for; between two beats it only computes.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._last = now
+
+    def beat(self, now: float, waited: float = 0.0) -> float:
+        """Seconds since the last beat that the thread did not run, 0.0 if fewer than ``STALL_AFTER``.
+
+        ``waited``: seconds that it may have waited since, at most.
+        """
+        late = now - self._last - waited
+        self._last = now
+        return late if late >= STALL_AFTER else 0.0
 
 
 def stack_of(thread_id: int) -> str:

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from orchestra._delivery import DONE, Complete
+from orchestra._queue.leases import LeaseKeeper
 from orchestra._scripts import call
 from orchestra.agents import AgentRegistry
 from orchestra.connections import ConnectionManager
@@ -204,6 +205,34 @@ async def test_a9_a_call_that_holds_the_gil_is_seen_afterwards_and_fenced(manage
         assert await queue.settle([(mine, DONE)]) == []
     assert lost == []
     assert (await settled(queue)).counters["completed"] == 1
+    await queue.close()
+
+
+async def test_a9_a_standstill_in_the_middle_of_a_renewal_is_reported(manager, monkeypatch):
+    """A9: the call that holds the GIL begins while the renewing thread waits for Redis; its answer is there afterwards."""
+    connect = LeaseKeeper._connect
+
+    def interrupted(keeper):
+        connect(keeper)
+        ask = keeper._client.execute_command
+
+        def without_the_gil(*command):
+            answer = ask(*command)
+            time.sleep(2.0)  # as long as this thread does not get it back
+            return answer
+
+        monkeypatch.setattr(keeper._client, "execute_command", without_the_gil)
+
+    monkeypatch.setattr(LeaseKeeper, "_connect", interrupted)
+    queue = queue_for(manager, 600)
+    await queue.produce({"id": "t", "type": "x"})
+    (mine,) = await queue.read("c", 1, 100)
+    with events("loop.blocked") as seen:
+        async with queue.keep_leases("c", lambda lost: None):
+            await until(lambda: seen)
+            assert await queue.settle([(mine, DONE)]) == []
+    assert seen[0][1]["kind"] == "process"
+    assert 1.0 < seen[0][1]["blocked_s"], "less what Redis may have needed"
     await queue.close()
 
 

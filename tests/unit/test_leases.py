@@ -8,7 +8,7 @@ import pytest
 
 from orchestra._delivery import Delivery
 from orchestra._queue.leases import LeaseBook
-from orchestra._queue.stall import STALL_AFTER, LoopWatch, stack_of
+from orchestra._queue.stall import STALL_AFTER, LoopWatch, Pulse, stack_of
 
 
 def deliveries(count):
@@ -99,6 +99,16 @@ def test_a_process_that_stood_still_is_not_held_against_its_loop():
     watch.forgive(170.0)
     asked.pop()()
     assert watch.blocked(171.0) == 0.0
+
+
+def test_a_pulse_misses_what_its_thread_neither_computed_nor_waited_for():
+    pulse = Pulse(10.0)
+    assert pulse.beat(10.75) == 0.0
+    assert pulse.beat(12.75, waited=1.5) == 0.0
+    assert pulse.beat(16.75, waited=1.5) == 2.5
+    assert pulse.beat(17.0) == 0.0, "told once"
+    assert pulse.beat(17.25, waited=5.0) == 0.0, "it waited less than it might have"
+    assert pulse.beat(18.25) == STALL_AFTER
 
 
 def test_the_stack_is_that_of_the_thread_named():
