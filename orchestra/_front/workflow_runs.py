@@ -317,4 +317,5 @@ class WorkflowDoor:
             agents=self.agents,
             templates=self.templates,
             planner=self.planners,
+            actions=self._actions,
         )

@@ -67,7 +67,8 @@ class LocalAgents:
         Raises:
             UnknownAgentError: there is none.
             Throttled, RetryLater, CircuitOpenError, WorkerPoolError: it cannot run now.
-            Exception: whatever else the agent raises; TimeoutError beyond its ``timeout``.
+            Exception: whatever else the agent raises; TimeoutError beyond its ``timeout``; RuntimeError for what is no
+                Exception.
         """
         entry = self._entry(task)
         breaker = self._breakers.get(task.type)
@@ -120,6 +121,14 @@ class LocalAgents:
             if not limit.expired():
                 raise
             raise TimeoutError(f"agent {task.type!r} took longer than its timeout of {timeout:g} s") from None
+        except (Exception, KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:
+            caller = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and (caller is None or caller.cancelling()):
+                raise
+            # As in a worker: an agent ends neither the process nor, by a word that is meant for the event loop, its caller.
+            raise RuntimeError(f"agent {task.type!r} raised {error!r}, which is no Exception") from error
 
 
 @contextmanager

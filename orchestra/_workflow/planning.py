@@ -20,6 +20,8 @@ from orchestra.tasks import BaseTask, check_ident
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from orchestra._workflow.record import Encode
+
 Plan: TypeAlias = list[dict[str, Any]]
 Template: TypeAlias = Plan | Callable[[BaseTask], Any]
 """A plan, or a function (plain or async) from a task to one."""
@@ -53,13 +55,13 @@ class Templates:
     def __contains__(self, task_type: object) -> bool:
         return task_type in self._own or task_type in self._known
 
-    async def plan(self, task: BaseTask) -> Plan | None:
-        """The template of ``task``, filled in; None when there is none. Raises WorkflowError for what is no plan."""
+    async def plan(self, task: BaseTask, encode: Encode | None = None) -> Plan | None:
+        """The template of ``task``, filled in; None when there is none. Raises as :func:`checked_plan`."""
         template = self._own.get(task.type, self._known.get(task.type))
         if template is None:
             return None
         made = template(task) if callable(template) else template
-        return await checked_plan(await made if inspect.isawaitable(made) else made)
+        return await checked_plan(await made if inspect.isawaitable(made) else made, encode=encode)
 
 
 class Planning:
@@ -67,6 +69,7 @@ class Planning:
 
     ``actions``: what a planner may use; None: whatever it likes, as other processes may have agents that this one has
     not. Templates and the single step are not held against it: an action without an agent fails when it runs.
+    ``encode``: as :meth:`~orchestra.memory.MemoryManager.encode`; what it refuses cannot be recorded, and is no plan.
     """
 
     def __init__(
@@ -75,11 +78,13 @@ class Planning:
         templates: Templates,
         planners: str | Sequence[str] = "planner",
         actions: Callable[[], Collection[str] | None] = lambda: None,
+        encode: Encode | None = None,
     ) -> None:
         self.planners = checked_planners(planners)
         self._local = local
         self._templates = templates
         self._actions = actions
+        self._encode = encode
 
     def available(self, task_type: str) -> list[str]:
         """The planners that are registered here, in their order; none plans for itself."""
@@ -98,7 +103,7 @@ class Planning:
         failed: dict[str, Exception] = {}
         for name in self.available(task.type):
             try:
-                plan = await checked_plan(await self._ask(name, task), actions=self._actions())
+                plan = await checked_plan(await self._ask(name, task), actions=self._actions(), encode=self._encode)
             except Exception as error:  # noqa: BLE001 - whatever a planner raises, the next in line answers
                 failed[name] = error
                 logger.warning("planner %r has no plan for task %s: %s", name, task.id, error)
@@ -110,7 +115,7 @@ class Planning:
         for refusal in failed.values():
             if isinstance(refusal, NOT_NOW) and not isinstance(refusal, CircuitOpenError):
                 raise refusal  # a little later there will be a real plan
-        return await template_or_step(self._templates, task, _told(failed))
+        return await template_or_step(self._templates, task, _told(failed), self._encode)
 
     async def _ask(self, planner: str, task: BaseTask) -> Any:
         told = {"task": {"id": task.id, "type": task.type, "input": task.input}, "agents": sorted(self._local.agents)}
@@ -119,10 +124,12 @@ class Planning:
         return answer.get("plan") if isinstance(answer, Mapping) else answer
 
 
-async def template_or_step(templates: Templates, task: BaseTask, told: dict[str, Any]) -> Planned:
+async def template_or_step(
+    templates: Templates, task: BaseTask, told: dict[str, Any], encode: Encode | None = None
+) -> Planned:
     """The plan of a task that no planner has one for; ``told``: what is said of those that were asked."""
     try:
-        template = await templates.plan(task)
+        template = await templates.plan(task, encode)
     except Exception as error:  # noqa: BLE001 - a template's function is somebody's code, as a planner is
         logger.warning("the template of task %s has no plan: %s", task.id, error)
         template, told = None, told | {"template_error": describe(error)}

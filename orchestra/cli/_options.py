@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -109,9 +110,19 @@ async def _choose(manager: ConnectionManager, wanted: str | None) -> str:
     there = f"queues there: {', '.join(names)}" if names else "there are no queues yet"
     if wanted is not None:
         raise ConfigurationError(
-            f"there is no queue {wanted!r} on {manager.address.safe}; {there}", field="queue", value=wanted
+            f"there is no queue {wanted!r} on {manager.address.safe}; {there}{mistaken(wanted)}",
+            field="queue",
+            value=wanted,
         )
     raise ConfigurationError(f"name a queue on {manager.address.safe} with --queue NAME; {there}", field="queue")
+
+
+def mistaken(word: str) -> str:
+    """What to write instead, if ``word`` was taken for a queue's name and is a module in this directory; else nothing."""
+    module = Path(word.replace(".", "/"))
+    if not (module.with_name(f"{module.name}.py").is_file() or (module / "__init__.py").is_file()):
+        return ""
+    return f"; {word!r} was taken for a queue's name: for the module write {word}:app"
 
 
 async def queues(manager: ConnectionManager) -> list[str]:

@@ -21,6 +21,7 @@ from orchestra.cli._options import (
     drop_none,
     examples,
     manager_of,
+    mistaken,
     priority_of,
     workers_alive,
 )
@@ -79,10 +80,11 @@ def submit(
         id=task_id, key=key, priority=priority_of(priority), delay=delay, timeout=timeout, max_retries=max_retries
     )
     if metadata is not None:
-        options["metadata"] = _parsed("--metadata", metadata)
+        options["metadata"] = _object("--metadata", metadata)
     options["want_result"] = wait
     app = _app(target, agent, redis, queue)
-    work = _submit(app, agent, _input(given), options, wait_timeout, as_json=as_json)
+    hint = "" if is_target(target) else mistaken(target)
+    work = _submit(app, agent, _input(given), options, wait_timeout, hint, as_json=as_json)
     return asyncio.run(work)
 
 
@@ -120,8 +122,14 @@ def _parsed(what: str, text: str) -> Any:
         raise InvalidTaskError(f"{what} is not JSON: {error}{hint}") from error
 
 
+def _object(what: str, text: str) -> dict[str, Any]:
+    if isinstance(found := _parsed(what, text), dict):
+        return found
+    raise ConfigurationError(f"{what} must be a JSON object, got {text!r}", field=what.lstrip("-"), value=text)
+
+
 async def _submit(
-    app: App, agent: str, given: Any, options: dict[str, Any], timeout: float | None, *, as_json: bool
+    app: App, agent: str, given: Any, options: dict[str, Any], timeout: float | None, hint: str, *, as_json: bool
 ) -> int:
     async with app:
         run = await app.send(agent, given, **options)
@@ -133,7 +141,7 @@ async def _submit(
         else:
             say(f"sent {run.id} to queue {app.queue_name}, waiting for its result")
         if not await workers_alive(manager_of(app), app.queue_name):
-            say("no worker takes tasks from this queue now; start one with: orchestra worker TARGET")
+            say("no worker takes tasks from this queue now; start one with: orchestra worker TARGET" + hint)
         if not options["want_result"]:
             return 0
         return await _wait(run, timeout, as_json=as_json)

@@ -25,6 +25,7 @@ from orchestra.cli._options import (
     drop_none,
     examples,
     manager_of,
+    mistaken,
     priority_of,
     unwrapped,
     workers_alive,
@@ -132,23 +133,27 @@ def start(
     _require_startable(app, target, workflow_type, planned=steps is not None)
     options = drop_none(plan=steps, id=workflow_id, priority=priority_of(priority))
 
-    async def work() -> int:
-        async with app:
-            try:
-                run = await app.start_workflow(workflow_type, told, **options)
-            except WorkflowError as error:
-                return _refused(error, as_json=as_json)
-            if not following and as_json:
-                print_json({"id": run.id, "type": workflow_type, "queue": app.queue_name})
-            elif not following:
-                print(f"started {run.id} on queue {app.queue_name}")
-            else:
-                say(f"started {run.id} on queue {app.queue_name}")
-            if not await workers_alive(manager_of(app), app.queue_name):
-                say("no worker takes tasks from this queue now; start one with: orchestra worker TARGET")
-            return await _follow(run, "0", as_json=as_json) if following else OK
+    hint = "" if is_target(target) else mistaken(target)
+    return asyncio.run(_start(app, workflow_type, told, options, hint, following=following, as_json=as_json))
 
-    return asyncio.run(work())
+
+async def _start(
+    app: App, workflow_type: str, given: Any, options: dict[str, Any], hint: str, *, following: bool, as_json: bool
+) -> int:
+    async with app:
+        try:
+            run = await app.start_workflow(workflow_type, given, **options)
+        except WorkflowError as error:
+            return _refused(error, as_json=as_json)
+        if not following and as_json:
+            print_json({"id": run.id, "type": workflow_type, "queue": app.queue_name})
+        elif not following:
+            print(f"started {run.id} on queue {app.queue_name}")
+        else:
+            say(f"started {run.id} on queue {app.queue_name}")
+        if not await workers_alive(manager_of(app), app.queue_name):
+            say("no worker takes tasks from this queue now; start one with: orchestra worker TARGET" + hint)
+        return await _follow(run, "0", as_json=as_json) if following else OK
 
 
 def _require_startable(app: App, target: str, workflow_type: str, *, planned: bool) -> None:

@@ -261,6 +261,32 @@ async def test_planners_are_asked_in_order_then_the_template(address):
         assert asked[0][0] == "sum"
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ([{"action": "duoble"}], "action 'duoble' is unknown; known are"),
+        ([{"action": "double", "args": {"n": 2**70}}], "step 0 of the plan.args.n: an int must be"),
+        ([{"action": "double", "note": "n" * 2_000_000}], "step 0 of the plan is larger than the memory's limit"),
+        (SystemExit(3), "raised SystemExit(3), which is no Exception"),
+        (asyncio.CancelledError(), "raised CancelledError(), which is no Exception"),
+    ],
+    ids=range(5),
+)
+async def test_what_a_worker_cannot_use_of_a_planner_is_no_plan(app, answer, said):
+    @app.planner
+    async def planner(task: dict, agents: list[str]) -> list[dict]:
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    async with app.worker():
+        run = await app.start_workflow("double", {"n": 5})
+        assert await run.result(WAIT) == 10
+        context = (await run.state()).workflow_context
+    assert context["plan_source"] == "single_step"
+    assert said in context["planner_error"]["message"]
+
+
 @pytest.mark.parametrize("kind", ["async", "plain"])
 async def test_a_planner_that_takes_faults_is_asked_once_more(app, kind):
     heard = []
