@@ -8,6 +8,7 @@ replayed from the dead letters). The frame never changes, so no script has to un
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +26,9 @@ STEP = "orchestra.step"
 """Key of a task's metadata: it is a step of a workflow, ``[namespace, workflow id, step index, series, claim]``."""
 RETRY = "orchestra.retry"
 """Key of a step's metadata: the fields of its own :class:`~orchestra.tasks.Retry`."""
-arrivals, hold, sift, with_ids = wire.arrivals, wire.hold, wire.sift, wire.with_ids
-"""What is done with a whole batch of deliveries at once: made, held, sorted by their verdicts, named in a command."""
+arrivals, by_rank, hold = wire.arrivals, wire.by_rank, wire.hold
+sift, with_ids = wire.sift, wire.with_ids
+"""What is done with a whole batch of deliveries at once: made, ordered, held, sorted by verdict, named in a command."""
 
 
 @wire.untracked
@@ -183,6 +185,26 @@ def read_record(record: bytes) -> dict[str, Any]:
     """A terminal record as a dict: ``id``, ``outcome``, and ``value`` or ``reason``, ``attempts`` and ``error``."""
     value = loads(record)
     return value if isinstance(value, dict) else {"outcome": "corrupt"}
+
+
+_SEVERAL = b"\xc1"
+"""The first byte of a publication of several records, each behind its length; no record begins with it."""
+
+
+def published_records(message: bytes) -> list[dict[str, Any]]:
+    """The terminal records in a publication of ``complete_result.lua``; without what is damaged."""
+    pieces = [message]
+    if message[:1] == _SEVERAL:
+        pieces, at = [], 1
+        while at < len(message):
+            end = at + 4 + int.from_bytes(message[at : at + 4], "big")
+            pieces.append(message[at + 4 : end])
+            at = end
+    records = []
+    for piece in pieces:
+        with contextlib.suppress(CorruptEntryError):
+            records.append(read_record(piece))
+    return records
 
 
 def frame_of(task_data: TaskDict) -> bytes:

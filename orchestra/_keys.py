@@ -56,7 +56,7 @@ class QueueKeys:
         return f"{self.tag}r:{task_id}"
 
     def replies(self, client: str) -> str:
-        """Pub/sub channel on which a waiting client is told of results."""
+        """Pub/sub channel: terminal records; several in one message behind the byte C1, each with its length (4 bytes) before it."""
         return f"{self.tag}p:{client}"
 
 

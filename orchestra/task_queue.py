@@ -242,7 +242,7 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         return [Sent(task.id, message_id) for task, message_id in zip(encoded, message_ids, strict=True)]
 
     async def _add(self, tasks: Iterable[TaskDict], want_results: bool) -> tuple[list[EncodedTask], list[str]]:
-        reply = await self._reply_client() if want_results else None
+        reply = (await self._listener()).client if want_results else None
         encoded = await encode_all(tasks, self._max_bytes, reply)
         if len(encoded) == 1:
             return encoded, [await self._producer.post(encoded[0])]
@@ -471,12 +471,11 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         """Delete dead letters (all when None); returns how many were."""
         return await self._dead_letters.purge(message_ids)
 
-    async def _reply_client(self) -> str:
+    async def _listener(self) -> ReplyListener:
         if self._replies is None:
             await self.manager.connect()
             self._replies = self._replies or ReplyListener(self.keys, self.manager)
-        await self._replies.start()
-        return self._replies.client
+        return self._replies
 
     async def wait_result(self, task_id: str, timeout: float | None = None) -> dict[str, Any]:
         """The terminal record of a task sent with ``want_results``: ``id``, ``outcome``, and ``value`` or ``error``.
@@ -484,9 +483,9 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         Raises:
             TimeoutError: the task is not terminal after ``timeout`` seconds.
         """
-        await self._reply_client()
-        assert self._replies is not None
-        return await self._replies.wait(task_id, timeout)
+        listener = await self._listener()
+        await listener.start()
+        return await listener.wait(task_id, timeout)
 
     async def get_lock(
         self, lock_name: str, expire_time: float = 30, *, wait: float | None = None, renew: bool = True

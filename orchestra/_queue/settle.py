@@ -5,8 +5,10 @@ Deliveries of one stream and one kind of verdict travel in one script call, and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from orchestra._delivery import (
@@ -17,6 +19,7 @@ from orchestra._delivery import (
     Complete,
     Delivery,
     Verdict,
+    by_rank,
     cancelled_record,
     completed_record,
     corrupt_verdict,
@@ -45,6 +48,17 @@ class _WithIds(Call):
 
     def pack_with_text(self) -> bytes:
         return with_ids(super().pack_with_text(), self.deliveries)
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """A task is done, and its sender wants this record."""
+
+    record: bytes
+
+
+def _first_then_rank(pair: tuple[Delivery, Any]) -> tuple[bool, int]:
+    return pair[0].deliveries != 1, by_rank(pair[0])
 
 
 class Settling(NamedTuple):
@@ -81,13 +95,13 @@ class SettlePlanner:
         rest: dict[tuple[int, str, type], list[tuple[Delivery, Any]]] = {}
         for delivery, verdict in batch:
             final = self._as_sendable(delivery, verdict)
-            if isinstance(final, Complete) and not delivery.wants_result:
+            if isinstance(final, Complete):
                 done.append((delivery, DONE))
             else:
                 rest.setdefault((delivery.stream, delivery.consumer, type(final)), []).append((delivery, final))
         calls = self.plan(done, held) if done else []
         planners: dict[type, Callable[..., Settling]] = {
-            Complete: self._with_result,
+            _Result: functools.partial(self._with_result, held=held),
             Again: self._again,
             Bury: self._bury,
             Cancel: self._cancel,
@@ -95,8 +109,8 @@ class SettlePlanner:
         calls += [planners[kind](number, consumer, group) for (number, consumer, kind), group in rest.items()]
         return calls
 
-    def _as_sendable(self, delivery: Delivery, verdict: Verdict) -> Verdict:
-        """What cannot be sent as it is, is a failure of the task, known before anything is settled.
+    def _as_sendable(self, delivery: Delivery, verdict: Verdict) -> Verdict | _Result:
+        """What is sent; what cannot be sent as it is, is a failure of the task, known before anything is settled.
 
         A value that cannot travel; or an entry that nobody has tried to read before it was released or acknowledged.
         """
@@ -104,7 +118,7 @@ class SettlePlanner:
             return verdict
         try:
             if isinstance(verdict, Complete) and delivery.wants_result:
-                completed_record(delivery.header.id, verdict.value, self._max_bytes)
+                return _Result(completed_record(delivery.header.id, verdict.value, self._max_bytes))
             _ = delivery.header
         except CorruptEntryError as error:
             return corrupt_verdict(self._queue, delivery, error)
@@ -115,9 +129,7 @@ class SettlePlanner:
 
     def _plain(self, number: int, consumer: str, first: list[Delivery], again: list[Delivery], held: int) -> Settling:
         """``first``: handed out once, by rank; ``again``: handed out before."""
-        room = held if first and held <= RANGE_WORTH * len(first) else 0
-        low, high = (first[0].entry, first[-1].entry) if room else (b"-", b"+")
-        args: list[Arg] = [self._group, consumer, room, low, high, len(first)]
+        args = self._range(consumer, first, held)
         keys = (self._keys.streams[number], self._keys.counters)
         if not again:
             call = _WithIds(self._complete, keys, args)
@@ -128,14 +140,25 @@ class SettlePlanner:
             args += (delivery.entry, delivery.deliveries)
         return Settling(Call(self._complete, keys, args), [*first, *again])
 
-    def _with_result(self, number: int, consumer: str, group: list[tuple[Delivery, Complete]]) -> Settling:
+    def _range(self, consumer: str, first: list[Delivery], held: int) -> list[Arg]:
+        room = held if first and held <= RANGE_WORTH * len(first) else 0
+        low, high = (first[0].entry, first[-1].entry) if room else (b"-", b"+")
+        return [self._group, consumer, room, low, high, len(first)]
+
+    def _with_result(
+        self, number: int, consumer: str, group: list[tuple[Delivery, _Result]], held: Sequence[int]
+    ) -> Settling:
+        group.sort(key=_first_then_rank)
+        first = [delivery for delivery, _ in group if delivery.deliveries == 1]
+        args = self._range(consumer, first, held[number])
+        args += [delivery.entry for delivery in first]
+        for delivery, _ in group[len(first) :]:
+            args += (delivery.entry, delivery.deliveries)
         keys = [self._keys.streams[number], self._keys.counters]
-        args: list[Arg] = [self._group, consumer]
-        for delivery, verdict in group:
+        for delivery, result in group:
             header = delivery.header
             keys.append(self._keys.result(header.id))
-            record = completed_record(header.id, verdict.value, self._max_bytes)
-            args += (delivery.entry, delivery.deliveries, self._ttl_ms, record, self._channel(header.reply))
+            args += (self._ttl_ms, result.record, self._channel(header.reply))
         return Settling(Call(self._complete_result, keys, args), [d for d, _ in group])
 
     def _again(self, number: int, consumer: str, group: list[tuple[Delivery, Again]]) -> Settling:

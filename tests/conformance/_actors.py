@@ -9,6 +9,7 @@ from typing import Any
 from orchestra._delivery import Delivery
 from orchestra._keys import QueueKeys
 from orchestra._process import loop_factory
+from orchestra._queue.replies import ReplyListener
 from orchestra.connections import ConnectionManager
 from orchestra.task_queue import RedisStreamTaskQueue
 from tests.reference.keyspace import Plain
@@ -55,7 +56,7 @@ class Consumer:
             dedup_window=WINDOW / 1000,
             max_deliveries=MAX_DELIVERIES,
         )
-        self.queue._reply_client = _nobody
+        self.queue._replies = ReplyListener(self.queue.keys, manager, client="client")  # every sender has one name
         self.born: int | None = None
         """When its reader was opened, ms: what was pending for its name before is not its own."""
         self.deliveries: list[Delivery] = []
@@ -63,7 +64,3 @@ class Consumer:
 
     def open_reader(self) -> Any:
         return self.queue._intake._consumers.get(self.name)
-
-
-async def _nobody() -> str:
-    return "client"
