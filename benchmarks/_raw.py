@@ -26,6 +26,8 @@ LANE = KEYS.lanes[2]
 BATCH = 500
 IN_FLIGHT = 4
 DEDUP_MS = 3_600_000
+RECORD = 2
+"""Bulk strings in the answer to a call of :func:`produce_calls`."""
 ENTRY_ID = len("1000000000000-100001")
 _token = itertools.count()
 
@@ -42,7 +44,7 @@ def task(number: int | None = None) -> dict[str, object]:
 
 def load_scripts(raw: Raw) -> None:
     """Make the scripts known by their hashes."""
-    for name in ("produce", "produce_one", "complete"):
+    for name in ("produce_many", "produce_one", "complete"):
         raw.ask("SCRIPT", "LOAD", script(name).text)
 
 
@@ -53,15 +55,14 @@ def make_groups(raw: Raw) -> None:
 
 
 def produce_calls(count: int, *, ids: bool) -> list[bytes]:
-    """EVALSHA of orchestra's produce script for ``count`` tasks, ``BATCH`` a call."""
-    keys = (*KEYS.lanes, KEYS.delayed, KEYS.bodies, *KEYS.dedup, *KEYS.tokens, KEYS.counters)
+    """EVALSHA of orchestra's script for many plain tasks, for ``count`` tasks, ``BATCH`` a call."""
+    keys = (LANE, *(KEYS.dedup if ids else KEYS.tokens), KEYS.counters)
+    window = DEDUP_MS if ids else TOKEN_WINDOW_MS
     calls = []
     for start in range(0, count, BATCH):
-        args: list[str | bytes | int] = [0, DEDUP_MS, TOKEN_WINDOW_MS, "" if ids else f"raw{next(_token):x}"]
-        for number in range(start, min(start + BATCH, count)):
-            encoded = encode_task(task(number if ids else None))
-            args += (encoded.lane, "i" + encoded.id if ids else "", encoded.frame)
-        calls.append(script("produce").pack(keys, args))
+        some = [encode_task(task(n if ids else None)) for n in range(start, min(start + BATCH, count))]
+        args: list[str | bytes | int] = [window, 2, "" if ids else f"raw{next(_token):x}", *(one.frame for one in some)]
+        calls.append(script("produce_many").pack(keys, args + [one.id for one in some] if ids else args))
     return calls
 
 
@@ -72,12 +73,17 @@ def produce_one_calls(count: int) -> list[bytes]:
     return [lua.pack(keys, (TOKEN_WINDOW_MS, 2, "token", f"raw{next(_token):x}", frame)) for frame in frames]
 
 
-def rate_of_calls(raw: Raw, calls: Sequence[bytes], count: int, in_flight: int = IN_FLIGHT) -> float:
-    """Tasks a second when ``calls`` are sent ``in_flight`` at once; every task is answered by one bulk string."""
-    each = count // len(calls)
+def rate_of_calls(
+    raw: Raw, calls: Sequence[bytes], count: int, in_flight: int = IN_FLIGHT, strings: int | None = None
+) -> float:
+    """Tasks a second when ``calls`` are sent ``in_flight`` at once.
+
+    Every call is answered by ``strings`` bulk strings, by one a task unless it is said.
+    """
+    each = strings or count // len(calls)
     sent = got = 0
     began = time.perf_counter()
-    while got < count:
+    while got < len(calls) * each:
         while sent < len(calls) and sent * each - got < in_flight * each:
             raw.socket.sendall(calls[sent])
             sent += 1

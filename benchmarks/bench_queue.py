@@ -44,7 +44,7 @@ def test_produce_many(benchmark, comparisons, empty, scale, ids):
     def raw():
         empty.flush()
         _raw.load_scripts(empty.raw)
-        return {row: _raw.rate_of_calls(empty.raw, _raw.produce_calls(count, ids=ids), count)}
+        return {row: _raw.rate_of_calls(empty.raw, _raw.produce_calls(count, ids=ids), count, strings=_raw.RECORD)}
 
     def ours():
         empty.flush()
@@ -107,7 +107,8 @@ def test_produce_concurrently(benchmark, comparisons, empty, scale):
     def raw():
         _raw.load_scripts(empty.raw)
         count = times * CONCURRENT
-        return {row: _raw.rate_of_calls(empty.raw, _raw.produce_calls(count, ids=False), count)}
+        calls = _raw.produce_calls(count, ids=False)
+        return {row: _raw.rate_of_calls(empty.raw, calls, count, strings=_raw.RECORD)}
 
     comparisons.run(benchmark, lambda: {row: run_loop(gather())}, raw)
 

@@ -133,10 +133,10 @@ def _settle(bench: Bench) -> tuple[Sample, Sample]:
     return side(bench_settle._fenced), side(bench_settle._unfenced)
 
 
-def _server_cpu(bench: Bench, calls: list[bytes], count: int) -> float:
+def _server_cpu(bench: Bench, calls: list[bytes], count: int, strings: int | None = None) -> float:
     """CPU microseconds of the server for one task of ``calls``."""
     before = bench.server.cpu_seconds()
-    _raw.rate_of_calls(bench.server.raw, calls, count)
+    _raw.rate_of_calls(bench.server.raw, calls, count, strings=strings)
     return (bench.server.cpu_seconds() - before) / count * 1e6
 
 
@@ -147,7 +147,7 @@ def _produce_script(ids: bool) -> Callable[[Bench], tuple[Sample, Sample]]:
 
         def ours() -> float:
             bench.server.flush()
-            return _server_cpu(bench, _raw.produce_calls(count, ids=ids), count)
+            return _server_cpu(bench, _raw.produce_calls(count, ids=ids), count, _raw.RECORD)
 
         def oracle() -> float:
             bench.server.flush()
@@ -255,14 +255,14 @@ CHECKS = (
     ),
     Check(
         name="server: produce, generated ids",
-        what="server CPU of plain XADD over that of produce.lua",
+        what="server CPU of plain XADD over that of produce_many.lua",
         setup=_produce_script(ids=False),
         rounds=8,
         margin=0.25,
     ),
     Check(
         name="server: produce, own ids",
-        what="server CPU of plain XADD over that of produce.lua",
+        what="server CPU of plain XADD over that of produce_many.lua",
         setup=_produce_script(ids=True),
         rounds=8,
         margin=0.25,

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from orchestra import telemetry
@@ -39,6 +39,7 @@ FULL_RETRY_AFTER = 1.0
 RETRY_AFTER = (0.05, 30.0)
 """Bounds of what it is told when that is known."""
 
+_REPEAT = ord("=")
 _serial = itertools.count()
 _process = os.urandom(6).hex()
 
@@ -126,6 +127,7 @@ class StreamProducer:
         limited = bool(max_dead or max_length)
         self._singles = None if limited else (self._lanes(keys, own_ids=False), self._lanes(keys, own_ids=True))
         """The calls that add one task: by whether it has an id of its own, and by lane. Limits are for ``_script``."""
+        self._plain, self._plain_keys = script("produce_many"), {} if limited else self._keys_of_lanes(keys)
         self._posting = False
         """Whether a task that was sent at once has not been answered yet."""
         self._posted: asyncio.Future[None] | None = None
@@ -141,6 +143,14 @@ class StreamProducer:
         return tuple(
             Bound(one, (key, *buckets, keys.counters), (window, lane, kind), 2) for lane, key in enumerate(keys.lanes)
         )
+
+    @staticmethod
+    def _keys_of_lanes(keys: QueueKeys) -> dict[tuple[bool, int], tuple[str, ...]]:
+        """What ``produce_many`` touches: by whether the tasks have ids of their own, and by lane."""
+        buckets = {True: keys.dedup, False: keys.tokens}
+        return {
+            (own, lane): (key, *buckets[own], keys.counters) for own in buckets for lane, key in enumerate(keys.lanes)
+        }
 
     def post(self, task: EncodedTask) -> Awaitable[str]:
         """Send one task; what is returned gives its message id, and is to be awaited at once.
@@ -161,17 +171,25 @@ class StreamProducer:
         """A single task is a matter of latency: few calls lie between this and the write."""
         self._posting = True
         try:
-            link, began = self._known, time.monotonic()
+            began = time.monotonic() if telemetry.wanted("queue.produced") else None
+            link = self._known
             if link is None or link.ready() is None:
                 link = self._known = await self._link()
                 self._patient = self._patience_for(link)
+            task_id, lane, frame, own_id, delay = task
             try:
-                reply = await link.script(*self._call((task,), own_ids=task.own_id), self._patient)
+                if self._singles is None or delay:
+                    reply = await link.script(*self._call((task,), own_ids=own_id), self._patient)
+                else:
+                    name = task_id if own_id else _token()
+                    reply = await link.script(self._singles[own_id][lane], (), (name, frame), self._patient)
             except StoreError as error:
                 raise self._explain(error, 1) from error
+            if began is None and type(reply) is bytes and reply[0] != _REPEAT:
+                return f"{lane}:{reply.decode()}"
             ids: list[str] = []
             repeats = self._read(reply, (task,), ids)
-            if telemetry.wanted("queue.produced"):
+            if began is not None:
                 self._tell_produced(1, repeats, began)
             return ids[0]
         finally:
@@ -245,8 +263,12 @@ class StreamProducer:
         ids: list[str] = []
         repeats = 0
         window: deque[tuple[list[EncodedTask], asyncio.Task[Any]]] = deque()
+        chunks: Iterable[list[EncodedTask]] = _chunks(tasks)
+        if not durable and len(tasks) <= CHUNK_TASKS and len(chunks := list(chunks)) == 1:
+            repeats = await self._send_chunk(link, tasks, patience, ids, own_ids=own_ids)
+            chunks = ()
         try:
-            for chunk in _chunks(tasks):
+            for chunk in chunks:
                 call = self._call(chunk, own_ids=own_ids)
                 sending = self._safely(link, call, patience, tally) if durable else link.script(*call, patience)
                 window.append((chunk, asyncio.ensure_future(sending)))
@@ -260,6 +282,16 @@ class StreamProducer:
                 pending.cancel()
         self._tell_produced(len(tasks), repeats, began)
         return ids
+
+    async def _send_chunk(
+        self, link: Link, chunk: list[EncodedTask], patience: float, ids: list[str], *, own_ids: bool
+    ) -> int:
+        """Send what is one chunk in all: without a task of its own, which would cost two turns of the event loop."""
+        try:
+            reply = await link.script(*self._call(chunk, own_ids=own_ids), patience)
+        except StoreError as error:
+            raise self._explain(error, len(chunk)) from error
+        return self._read(reply, chunk, ids)
 
     def _tell_produced(self, count: int, repeats: int, began: float) -> None:
         if telemetry.wanted("queue.produced"):
@@ -303,7 +335,11 @@ class StreamProducer:
         if isinstance(reply, bytes):
             reply = (reply,)
         if reply and reply[0] == b"!":
-            reply = _expand(reply[1].decode().split(), chunk)
+            record = reply[1].decode().split()
+            if len(record) == 3 and int(record[2]) == len(chunk):
+                ids += _run(*record)
+                return 0
+            reply = _expand(record, chunk)
         repeats = 0
         for task, answer in zip(chunk, reply, strict=True):
             if answer == b"z":
@@ -320,7 +356,21 @@ class StreamProducer:
         if len(chunk) == 1 and self._singles is not None and not chunk[0].delay:
             task_id, lane, frame, _, _ = chunk[0]
             return Call(self._singles[own_ids][lane], (), (task_id if own_ids else _token(), frame))
-        return Call(self._script, self._keys, self._args(chunk, "" if own_ids else _token()))
+        return self._plain_call(chunk, own_ids) or Call(
+            self._script, self._keys, self._args(chunk, "" if own_ids else _token())
+        )
+
+    def _plain_call(self, chunk: Sequence[EncodedTask], own_ids: bool) -> Call | None:
+        """What adds tasks without delay to one lane, if ``chunk`` is that, its ids differ and there are no limits."""
+        ids, lanes, frames, _, delays = zip(*chunk, strict=True)
+        keys = self._plain_keys.get((own_ids, lanes[0]))
+        if keys is None or lanes.count(lanes[0]) < len(chunk) or any(delays):
+            return None
+        if not own_ids:
+            return Call(self._plain, keys, (TOKEN_WINDOW_MS, lanes[0], _token(), *frames))
+        if len(set(ids)) < len(ids):
+            return None
+        return Call(self._plain, keys, (self._dedup_ms, lanes[0], "", *frames, *ids))
 
     def _args(self, chunk: Sequence[EncodedTask], token: str) -> list[Arg]:
         args: list[Arg] = [self._limits, self._dedup_ms, TOKEN_WINDOW_MS, token]
@@ -396,6 +446,13 @@ def _chunks(tasks: list[EncodedTask]) -> Iterator[list[EncodedTask]]:
             start, size = i, len(task.frame)
     if tasks:
         yield tasks[start:]
+
+
+def _run(lane: str, first: str, count: str) -> list[str]:
+    """The message ids of ``count`` entries, of which the first is ``first``."""
+    ms, _, seq = first.partition("-")
+    head, start = f"{lane}:{ms}-", int(seq)
+    return [f"{head}{number}" for number in range(start, start + int(count))]
 
 
 def _expand(record: list[str], chunk: Sequence[EncodedTask]) -> list[bytes]:

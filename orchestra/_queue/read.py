@@ -4,7 +4,8 @@ A lane is two streams: what was there before and comes back stands in the one be
 empty, and travels in the same commands, so that it costs a plain task nothing.
 
 Three commands, chosen by what the last read found: a script that respects lane order exactly, for small counts; a
-pipeline of two XREADGROUPs for large ones; and one blocking XREADGROUP over all streams when there was nothing.
+pipeline of two XREADGROUPs for large ones, while a stream gives all it is asked for; and else one blocking XREADGROUP
+over all streams, which returns at once where there is something: so no round trip finds out that there is nothing.
 What is asked for together never exceeds the count, so nothing has to be put back (but see ``surplus``).
 """
 
@@ -23,7 +24,7 @@ from orchestra.tasks import LANES
 
 EXACT_BELOW = 16
 """Counts below it go through the script: its cost per entry no longer matters, its order does."""
-BLOCKED_COUNT = 32
+BLOCKED_COUNT = 64
 """Entries per stream that a blocking read may bring: enough to notice a flood, few enough to keep lane order."""
 LOWER_SHARE_EVERY = 16
 """Every so many reads the lanes below the busy one get a share, so that none starves."""
@@ -162,10 +163,11 @@ class StreamReader:
         return [delivery for place in sorted(found) for delivery in found[place]]
 
     def _aim(self, found: dict[int, list[Delivery]], asked: dict[int, int]) -> None:
-        """The busy stream is the most urgent one that gave all it was asked for; none: one below the present one."""
-        full = [place for place, wanted in asked.items() if len(found.get(place, ())) >= wanted]
-        self._busy = min(full) if full else min(self._busy + 1, LAST)
-        self._flooded = bool(found)
+        """The busy stream is the most urgent one that gave all it was ``asked`` for; none: there is no flood."""
+        full = [place for place, entries in found.items() if len(entries) >= asked[place]]
+        self._flooded = bool(full)
+        if full:
+            self._busy = min(full)
 
     async def _read_blocking(self, count: int, block_ms: int) -> list[Delivery]:
         each = max(1, min(count // len(ORDER), BLOCKED_COUNT))
@@ -183,10 +185,7 @@ class StreamReader:
     def _blocked_found(self, replies: list[Any], each: int) -> list[Delivery]:
         """What a blocking read has brought, ``each`` of a stream at the most."""
         found = self._collect(replies)
-        full = [place for place, entries in found.items() if len(entries) >= each]
-        self._flooded = bool(full)
-        if full:
-            self._busy = min(full)
+        self._aim(found, dict.fromkeys(found, each))
         if len(found) == 1:
             return next(iter(found.values()))
         return [delivery for place in sorted(found) for delivery in found[place]]

@@ -224,33 +224,33 @@ class Link:
             StoreError: an error reply (StoreFullError, StoreAuthError, … by its kind).
             StoreUnavailableError: no answer; also when a repeat met full memory, because the first attempt may have run.
         """
-        attempts = 0
+        wire = self.ready()
+        if wire is not None:  # without the coroutines of the general case: a single task is a matter of latency
+            try:
+                reply = (await wire.send_nowait(script.pack(keys, args), 1, shared=True, prompt=True))[0]
+                if not isinstance(reply, ReplyError):
+                    return reply
+                if not forgotten(reply):
+                    raise reply_error(reply, self.manager.address.safe) from reply
+            except ForkedProcessError:
+                raise
+            except StoreUnavailableError as error:
+                return await self._again(self._attempts(Call(script, keys, args), 1), patience, error)
+        return (await self.patiently(self._attempts(Call(script, keys, args)), patience))[0]
+
+    def _attempts(self, call: Call, made: int = 0) -> Callable[[], Awaitable[Any]]:
+        """One attempt after the other at ``call``, of which ``made`` may have been executed."""
 
         async def attempt() -> Any:
-            nonlocal attempts
-            attempts += 1
-            reply = (await self.run((Call(script, keys, args),)))[0]
+            nonlocal made
+            made += 1
+            reply = (await self.run((call,)))[0]
             if isinstance(reply, ReplyError):
                 error = reply_error(reply, self.manager.address.safe)
-                raise in_doubt(error) if attempts > 1 else error from reply
+                raise in_doubt(error) if made > 1 else error from reply
             return reply
 
-        wire = self.ready()
-        if wire is None:
-            return (await self.patiently(attempt, patience))[0]
-        attempts = 1  # at once, without the coroutines of the general case: a single task is a matter of latency
-        try:
-            reply = (await wire.send_nowait(script.pack(keys, args), 1, shared=True))[0]
-            if not isinstance(reply, ReplyError):
-                return reply
-            if not forgotten(reply):
-                raise reply_error(reply, self.manager.address.safe) from reply
-            attempts = 0  # it was not executed
-        except ForkedProcessError:
-            raise
-        except StoreUnavailableError as error:
-            return await self._again(attempt, patience, error)
-        return (await self.patiently(attempt, patience))[0]
+        return attempt
 
     async def close(self) -> None:
         """Close the connection; the next use opens a new one."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import hiredis
 
+from orchestra._redis.batch import Batch, Prompt
 from orchestra._redis.endpoint import Endpoint, attach
 from orchestra._redis.errors import ReplyError, reply_code, reply_error
 from orchestra.errors import (
@@ -56,50 +57,6 @@ def pack(commands: Iterable[Command]) -> bytes:
     return b"".join(map(_pack_command, commands))
 
 
-class _Batch(asyncio.Future[list[Any]]):
-    """The replies to ``count`` commands. Cancelling it gives up its slots, hence the connection, unless it is ``shared``:
-    then its replies are received in order and dropped.
-    """
-
-    __slots__ = ("arrived", "count", "deadline", "replies", "shared", "wire")
-
-    def __init__(
-        self,
-        wire: Wire,
-        count: int,
-        loop: asyncio.AbstractEventLoop,
-        *,
-        shared: bool,
-        arrived: Callable[[list[Any]], object] | None,
-    ) -> None:
-        super().__init__(loop=loop)
-        self.wire = wire
-        self.arrived = arrived
-        self.shared = shared
-        self.count = count
-        self.deadline = 0.0
-        self.replies: list[Any] = []
-
-    def cancel(self, msg: Any | None = None) -> bool:
-        if not super().cancel(msg=msg):
-            return False
-        if not self.shared:
-            self.wire._abort("a caller was cancelled while its reply was in flight")
-        return True
-
-
-def _resolve(batch: _Batch) -> None:
-    """All replies of ``batch`` are there."""
-    if batch.done():
-        return
-    try:
-        if batch.arrived is not None:
-            batch.arrived(batch.replies)
-    finally:
-        if not batch.done():
-            batch.set_result(batch.replies)
-
-
 class Wire(asyncio.BufferedProtocol):
     """A connection to one server. Made by :meth:`connect`; dead for good once :attr:`closed`.
 
@@ -110,7 +67,7 @@ class Wire(asyncio.BufferedProtocol):
     def __init__(self, endpoint: Endpoint, timeout: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._timeout = timeout
-        self._pending: deque[_Batch] = deque()
+        self._pending: deque[Batch] = deque()
         self._reader: Any = hiredis.Reader(notEnoughData=_MORE)
         self._buffer = memoryview(bytearray(_READ_SIZE))  # a bytearray would be copied when asyncio's TLS slices it
         self._transport: asyncio.Transport | None = None
@@ -120,7 +77,7 @@ class Wire(asyncio.BufferedProtocol):
         self._reason: str | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
-        self._late: _Batch | None = None
+        self._late: Batch | None = None
         self._born = self._loop.time()
         self.endpoint = endpoint
         self.on_close: Callable[[Wire, StoreUnavailableError | None], object] | None = None
@@ -186,13 +143,15 @@ class Wire(asyncio.BufferedProtocol):
         timeout: float | None = None,
         shared: bool = False,
         arrived: Callable[[list[Any]], object] | None = None,
+        prompt: bool = False,
     ) -> asyncio.Future[list[Any]]:
         """Write ``packed``, which holds ``count`` >= 1 commands, and return the future list of their replies.
 
         Error replies are elements of the list (:data:`ReplyError`), never raised. Cancelling the future closes the
         connection. Writes without regard to :attr:`writable`. A batch does not time out before those ahead of it,
         because their replies come first. ``arrived`` is called with the replies as they arrive, a turn of the event loop
-        before whoever awaits the future; not when that was cancelled. It must not raise.
+        before whoever awaits the future; not when that was cancelled. It must not raise. ``prompt``: for one task that
+        awaits the future at once; it goes on in the turn in which its reply arrives, if nothing else was under way.
 
         Raises: StoreUnavailableError when closed (ForkedProcessError in a child of the process that opened it);
         ValueError for a ``count`` below 1. Cost: about 1.5 µs and a write.
@@ -202,7 +161,14 @@ class Wire(asyncio.BufferedProtocol):
             raise self._gone()
         if count < 1:
             raise ValueError(f"a batch holds at least one command, got count={count!r}")
-        batch = _Batch(self, count, self._loop, shared=shared, arrived=arrived)
+        batch: Batch
+        if prompt and not self._pending:  # else it could overtake the waiter of an earlier reply that came with its own
+            batch = Prompt(loop=self._loop)
+            batch.waiter = None
+        else:
+            batch = Batch(loop=self._loop)
+        batch.abandon, batch.count, batch.replies = self._abort, count, []
+        batch.shared, batch.arrived = shared, arrived
         deadline = self._loop.time() + (self._timeout if timeout is None else timeout)
         if self._pending:
             deadline = max(deadline, self._pending[-1].deadline)
@@ -310,13 +276,13 @@ class Wire(asyncio.BufferedProtocol):
                     got.extend(islice(iter(reader.gets, _MORE), batch.count - len(got)))
                     if len(got) < batch.count:
                         return
-                if not _FOREIGN.isdisjoint(map(type, got)):
+                if (type(got[0]) in _FOREIGN) if batch.count == 1 else not _FOREIGN.isdisjoint(map(type, got)):
                     self._abort("it does not speak Redis's protocol: RESP3 on a RESP2 connection")
                     return
                 if len(pending) == 1:
                     break  # who sends too much may have sent this one wrongly: look first
                 pending.popleft()
-                _resolve(batch)
+                batch.resolve(last=False)
             stray = reader.gets()
         except (hiredis.ProtocolError, MemoryError, TypeError) as exc:  # 2^32 elements do not fit, nor a list as a key
             self._abort(f"it does not speak Redis's protocol: {exc or 'a list of absurd length'}")
@@ -324,7 +290,7 @@ class Wire(asyncio.BufferedProtocol):
         if stray is not _MORE:
             self._abort(f"it sent a reply nobody asked for: {stray!r}"[:200])
         elif pending:
-            _resolve(pending.popleft())
+            pending.popleft().resolve(last=True)
 
     def eof_received(self) -> bool:
         """Part of asyncio's protocol interface."""
@@ -406,9 +372,7 @@ class Wire(asyncio.BufferedProtocol):
             self._transport.abort()
         self._late = None
         for batch in self._pending:
-            if not batch.done():
-                batch.set_exception(self._gone())
-                batch.exception()  # on_close reports it: asyncio need not complain about a future nobody awaited
+            batch.fail(self._gone())
         self._pending.clear()
         self._writable.set()
         if self.on_close is not None and not self._loop.is_closed():

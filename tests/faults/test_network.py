@@ -65,7 +65,12 @@ async def test_c1_a_produce_whose_reply_is_late_adds_one_entry(make_server):
         manager = ConnectionManager(proxy.url, **HASTY)
         producer = RedisStreamTaskQueue("tasks", "workers", manager=manager)
         await producer.get_queue_depth()
-        calls = {"produce": [{"type": "work"}] * 3, "produce_one": [{"id": "own", "type": "work"}]}
+        delayed = {"type": "work", "delay": 0.5}
+        calls = {
+            "produce_many": [{"type": "work"}] * 3,
+            "produce": [delayed] * 3,
+            "produce_one": [{"id": "own", "type": "work"}],
+        }
         for script, tasks in calls.items():
             late = proxy.delay_reply(script, seconds=1.2)
             ids = await producer.produce_many(tasks)
@@ -74,8 +79,8 @@ async def test_c1_a_produce_whose_reply_is_late_adds_one_entry(make_server):
         await producer.close()
         await manager.close()
         stats = await fleet.drained()
-        assert stats.counters["produced"] == stats.counters["completed"] == 4
-        assert len(fleet.seen) == 4
+        assert stats.counters["produced"] == stats.counters["completed"] == 7
+        assert len(fleet.seen) == 7
 
 
 async def test_c2_cancelling_while_the_reply_is_in_flight_leaves_the_shared_connection_in_step(make_server):

@@ -62,7 +62,7 @@ async def test_it_counts_scripts_by_name_and_knows_roles(redis_url):
         queue = RedisStreamTaskQueue("tasks", "workers", manager=manager)
         await queue.produce_many([{"type": "x"}] * 3)
         assert [task["type"] for _, task in await queue.consume("c", 3, 100)] == ["x"] * 3
-        assert proxy.replies["produce"] >= 1
+        assert proxy.replies["produce_many"] >= 1
         assert proxy.replies["take"] + proxy.replies["XREADGROUP"] >= 1
         assert {"orchestra:commands", "orchestra:reader"} <= {c.name for c in proxy.connections}
         assert proxy.commands["*"] == proxy.replies["*"] + sum(len(c.pending) for c in proxy.connections)

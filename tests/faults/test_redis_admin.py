@@ -193,7 +193,7 @@ async def test_b17_every_connection_is_killed_again_and_again(make_server):
         Fleet(server.url, workers=2, lease_ms=3000) as fleet,
         admin_of(server) as admin,
     ):
-        await fleet.send(1, want_results=True)
+        await fleet.queue.wait_result((await fleet.send(1, want_results=True))[0], 30)  # who waits subscribes
         loads = [asyncio.create_task(fleet.load(40, want_results=True)), asyncio.create_task(fleet.load(3, sleep=4))]
         killed = set()
         turn = 0
@@ -269,13 +269,17 @@ async def test_b20_a_key_of_the_wrong_type_is_a_typed_error_and_heals(make_serve
 
 async def _refused(manager_or_url, *command, **options):
     async with ConnectionManager(manager_or_url, **options) as manager:
-        wire = await manager.open_wire("x")
-        try:
-            await wire.call(*command)
-        except StoreError as error:
-            return error
-        finally:
-            await wire.aclose()
+        return await _error_of(await manager.open_wire("x"), command)
+
+
+async def _error_of(wire, command):
+    """What ``command`` is refused with on ``wire``, which is closed."""
+    try:
+        await wire.call(*command)
+    except StoreError as error:
+        return error
+    finally:
+        await wire.aclose()
     raise AssertionError(f"{command} was not refused")
 
 
@@ -324,14 +328,7 @@ async def _after_connect(url, *command):
     """The error of ``command`` on a connection that could be opened (a wire: redis-py asks more when it connects)."""
     from orchestra._redis.wire import Endpoint, Wire
 
-    wire = await Wire.connect(Endpoint(path=url.removeprefix("unix://"), label="x"))
-    try:
-        await wire.call(*command)
-    except StoreError as error:
-        return error
-    finally:
-        await wire.aclose()
-    raise AssertionError(f"{command} was not refused")
+    return await _error_of(await Wire.connect(Endpoint(path=url.removeprefix("unix://"), label="x")), command)
 
 
 async def _twice(url, *command):

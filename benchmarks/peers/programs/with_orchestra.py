@@ -1,7 +1,7 @@
 """orchestra's classes with their defaults: a queue and a dispatcher, tasks under ids of their own (deduplicated).
 
-Concurrency is what a user says in any case: 1,000 where 1,000 agents wait. No uvloop; the collector is treated as
-``orchestra worker`` treats it.
+Concurrency is what a user says in any case: 1,000 where 1,000 agents wait. Event loop (uvloop, as the other asyncio
+queues have it) and collector are those of ``orchestra worker``.
 """
 
 import asyncio
@@ -12,8 +12,8 @@ import shared
 from orchestra import AgentRegistry, ConnectionManager, Dispatcher, RedisStreamTaskQueue
 from orchestra._process import set_heap_aside
 
-PACKAGES = ["orchestra-engine", "redis", "hiredis"]
-UVLOOP = False
+PACKAGES = ["orchestra-engine", "redis", "hiredis", "uvloop"]
+UVLOOP = True
 BACKLOG = [["GROUP", f"orc:{{bench.0}}:s:{lane}"] for lane in range(4)]
 SETTINGS = {"concurrency": 100, "chunk": 50_000, "sleep": {"concurrency": 1000}}
 

@@ -1,4 +1,4 @@
-"""orchestra's front door with its defaults: `App`, arguments checked when sent, results kept an hour. No uvloop."""
+"""orchestra's front door with its defaults: `App`, arguments checked when sent, results kept an hour. On uvloop."""
 
 import asyncio
 import contextlib
@@ -8,8 +8,8 @@ import shared
 from orchestra import App
 from orchestra._process import set_heap_aside
 
-PACKAGES = ["orchestra-engine", "redis", "hiredis"]
-UVLOOP = False
+PACKAGES = ["orchestra-engine", "redis", "hiredis", "uvloop"]
+UVLOOP = True
 BACKLOG = [["GROUP", f"orc:{{bench.0}}:s:{lane}"] for lane in range(4)]
 SETTINGS = {"concurrency": 100, "chunk": 50_000, "sleep": {"concurrency": 1000}}
 app = App("bench", shared.URL)
