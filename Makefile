@@ -124,7 +124,7 @@ package: .venv-wheel/made  ## sdist, wheel from it, and the tests of both in an 
 # ---------------------------------------------------------------- products
 
 .PHONY: sdist wheel bench bench-guard bench-guard-short bench-peers bench-scaling chaos soak fuzz docs clean clean-ext
-dist/made: .venv/made/dev .venv/made/ext pyproject.toml setup.py MANIFEST.in README.md $(SOURCES) orchestra/*.py orchestra/*/*.py orchestra/lua/*.lua _ext/*.pyi
+dist/made: .venv/made/dev .venv/made/ext pyproject.toml setup.py MANIFEST.in README.md $(SOURCES) orchestra/*.py orchestra/*/*.py orchestra/lua/*.lua orchestra/lua/*/*.lua _ext/*.pyi
 	@echo "== building dist: sdist, then the wheel from it"
 	@rm -rf dist && mkdir dist
 	@$(PY) -m build --no-isolation --outdir dist . > dist/build.log 2>&1 || { tail -40 dist/build.log; exit 1; }

@@ -1,4 +1,4 @@
-"""The Lua scripts: one file each under ``lua/``, called by content hash.
+"""The Lua scripts: one file each under ``lua/``, called by content hash; a long one names parts, in a folder of its name.
 
 ``EVALSHA`` first; a server that does not know the script (restart, failover, ``SCRIPT FLUSH``) gets ``EVAL`` with the
 text, which also caches it. Content hashes let two releases run side by side, each calling the bytes it shipped with.
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Final, Protocol, TypeAlias, cast
 
 import hiredis
 
 Arg: TypeAlias = bytes | str | int | float
+
+_PART: Final = re.compile(r"^-- part: (\w+/\w+)\n", re.MULTILINE)
 
 # hiredis's own stub says that a command is a tuple of one element.
 _pack: Callable[[tuple[Arg, ...]], bytes] = cast("Any", hiredis.pack_command)
@@ -70,10 +73,17 @@ class _Client(Protocol):
     async def execute_command(self, *args: Any, **options: Any) -> Any: ...
 
 
+def _source(name: str) -> str:
+    return resources.files("orchestra.lua").joinpath(f"{name}.lua").read_text("utf-8")
+
+
 @functools.cache
 def script(name: str) -> Script:
-    """The script ``lua/<name>.lua``."""
-    return Script(name, resources.files("orchestra.lua").joinpath(f"{name}.lua").read_text("utf-8"))
+    """The script ``lua/<name>.lua``, each line ``-- part: <folder>/<file>`` of it replaced by the text of that file.
+
+    Parts share the script's locals, as if they stood in it; a part has no parts.
+    """
+    return Script(name, _PART.sub(lambda line: _source(line[1]), _source(name)))
 
 
 def forgotten(error: BaseException) -> bool:

@@ -107,7 +107,7 @@ class Orchestrator(Connectable):
         self._templates = Templates()
         services = Services(task_queue, memory_manager, self.workflow_engine)
         self._local = LocalAgents(self.agents, breaker, worker_pool, services)
-        self._planning = Planning(self._local, self._templates, planner, self._known_actions)
+        self._planning = Planning(self._local, self._templates, planner, self._known_actions, memory_manager.encode)
         self._inline = Inline(self.workflow_engine, self._local)
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._driver: Driver | None = None

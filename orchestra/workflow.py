@@ -309,7 +309,7 @@ class WorkflowEngine(Making):
         fields, context, _ = rec.encode_new(state, self.memory_manager.encode)
         if not state.driven:
             fields |= encode_saved(wanted, fields, self.memory_manager.encode)
-        if not await store.make(state.task_id, secrets.token_hex(8), (), fields, context):
+        if not await store.make(state.task_id, rec.NewRecord(secrets.token_hex(8), (), fields, context)):
             raise conflict(state.task_id)
         made = await self._require(state.task_id)
         state.version, state.token, state.created_at = made.version, made.token, made.created_at

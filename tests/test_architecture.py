@@ -36,7 +36,7 @@ LAYERS = (
     ("2 instruments", "_lifecycle"),
     (
         "3 the edge to Redis",
-        "_redis.client_connections _redis.endpoint _redis.errors _redis.server_settings _redis.watchdog _keys _scripts",
+        "_redis.batch _redis.client_connections _redis.endpoint _redis.errors _redis.server_settings _redis.watchdog _keys _scripts",
     ),
     ("3 the edge to Redis", "_redis.wire embedded"),
     ("3 the edge to Redis", "_redis.address"),
@@ -298,6 +298,62 @@ def test_script_header(path):
     found = [line.split()[0] for line in header if line.split() and line.split()[0] in labels]
     assert found == labels
     assert not header[0].startswith(tuple(labels)), "the first line says what the script is for"
+
+
+PART = re.compile(r"^-- part: (\w+/\w+)$", re.MULTILINE)
+SCRIPT_PARTS = sorted((PACKAGE / "lua").glob("*/*.lua"))
+STRING_OR_COMMENT = re.compile(r"'(?:\\.|[^'\\])*'|--.*")
+
+
+def locals_of(code: str) -> list[str]:
+    """The names that a stretch of Lua declares at its top level."""
+    rows = re.findall(r"^local (?:function (\w+)|([\w, ]+?) *(?:=|$))", code, re.MULTILINE)
+    return [name for function, names in rows for name in (function or names).split(", ")]
+
+
+def names_in(code: str) -> set[str]:
+    """The names that a stretch of Lua reads or sets, without fields."""
+    return set(re.findall(r"(?<![.\w])[A-Za-z_]\w*", re.sub(r"([{,]\s*)\w+\s*=(?!=)", r"\1", code)))
+
+
+def stretches(path: Path) -> list[tuple[Path, str]]:
+    """A script as it is put together: each part, and what stands between the parts, with its file."""
+    pieces = PART.split(path.read_text("utf-8"))
+    files = [path if n % 2 == 0 else path.parent / f"{piece}.lua" for n, piece in enumerate(pieces)]
+    return [(file, pieces[n] if n % 2 == 0 else file.read_text("utf-8")) for n, file in enumerate(files)]
+
+
+def uses_of(part: Path) -> list[tuple[set[str], set[str]]]:
+    """For each script that ``part`` is of: the locals that are there before it, and the names that come after it."""
+    uses = []
+    for script in SCRIPTS:
+        rows = [(file, STRING_OR_COMMENT.sub("", text)) for file, text in stretches(script)]
+        for n, (file, _) in enumerate(rows):
+            if file == part:
+                before = {name for _, code in rows[:n] for name in locals_of(code)}
+                uses.append((before, set().union(*(names_in(code) for _, code in rows[n + 1 :]))))
+    return uses
+
+
+@pytest.mark.parametrize("part", SCRIPT_PARTS, ids=lambda part: f"{part.parent.name}/{part.stem}")
+def test_a_part_says_what_it_needs_and_gives(part):
+    """The header of a part names every local that it has from before, and every one that is used after it."""
+    text = part.read_text("utf-8")
+    code, uses = STRING_OR_COMMENT.sub("", text), uses_of(part)
+    header = " ".join(line.removeprefix("--").strip() for line in text.split("\n\n")[0].splitlines())
+    needs, gives = (
+        set(re.findall(r"\w+", names)) - {"nothing"} for names in header.split(" Needs: ")[1].split(" Gives: ")
+    )
+    assert uses, "no script has this part"
+    assert not PART.search(text), "a part has no parts"
+    assert all(needs == names_in(code) & before for before, _ in uses)
+    assert gives == set(locals_of(code)) & set().union(*(after for _, after in uses))
+    assert not any(before & set(locals_of(code)) for before, _ in uses), "a local stands in two places"
+
+
+def test_scripts_are_at_most_500_lines():
+    sizes = {path.name: len(path.read_text("utf-8").splitlines()) for path in [*SCRIPTS, *SCRIPT_PARTS]}
+    assert {name: size for name, size in sizes.items() if size > 500} == {}
 
 
 def used_scripts() -> set[str]:

@@ -37,9 +37,25 @@ MAX_ID: Final = 128 - len(":99999:12345678.9999:t")
 _UNPLANNED: Final = [{"action": PLAN, "args": None, "reasoning": ""}]
 
 
-async def checked_plan(plan: Any, *, actions: Collection[str] | None = None) -> list[dict[str, Any]]:
-    """:func:`~orchestra.workflow.validate_plan`, in a thread where the plan is large. Raises what that raises."""
-    return await unblocked(size_of(plan), validate_plan, plan, actions=actions)
+async def checked_plan(
+    plan: Any, *, actions: Collection[str] | None = None, encode: rec.Encode | None = None
+) -> list[dict[str, Any]]:
+    """:func:`~orchestra.workflow.validate_plan`, in a thread where the plan is large.
+
+    ``encode``: how its steps will be recorded; None: who records it will see.
+
+    Raises:
+        WorkflowError: as that. With ``encode`` also what that raises: a step cannot travel, or is too large.
+    """
+    return await unblocked(size_of(plan), _checked, plan, actions, encode)
+
+
+def _checked(plan: Any, actions: Collection[str] | None, encode: rec.Encode | None) -> list[dict[str, Any]]:
+    steps = validate_plan(plan, actions=actions)
+    if encode is not None:
+        for index, step in enumerate(steps):
+            encode(f"step {index} of the plan", step)
+    return steps
 
 
 class Making(Looking):
@@ -134,7 +150,7 @@ class Making(Looking):
         if held:
             fields |= {f"q:{index}": rec.HELD for index in roots}
         ready = roots if state.driven and not held else ()
-        made = await store.make(state.task_id, token, ready, fields, shared, state.token)
+        made = await store.make(state.task_id, rec.NewRecord(token, ready, fields, shared, state.token))
         if not made:
             return False, *(await store.read(state.task_id))
         self._emit(state.task_id, state.status, None, 0, len(state.plan))

@@ -27,7 +27,7 @@ state writes a few small fields, whatever the size of the workflow.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from orchestra._workflow.plan import PlannedStep, compile_plan
 from orchestra._workflow.rules import kind_of
@@ -44,6 +44,8 @@ Encode: TypeAlias = Callable[[str, Any], bytes]
 Fields: TypeAlias = dict[str, bytes]
 
 FORMAT: Final = b"3"
+GRACE_MS: Final = 5_000
+"""After so long the outbox is swept for what was committed and has not begun."""
 COUNTS: Final = ("steps", "planned", "left", "running", "undo", "children", "order", "current", "version")
 BAD: Final = (KeyError, ValueError, TypeError, IndexError, AttributeError, CorruptEntryError)
 """What reading a damaged field may raise."""
@@ -67,6 +69,19 @@ _ROLES: Final = {"-": "", "i": "item", "c": "compensation"}
 
 
 # -- a new record
+
+
+class NewRecord(NamedTuple):
+    """What a store is to record, all at once."""
+
+    token: str
+    """Of the call: a repeat succeeds."""
+    ready: Sequence[int]
+    """Indexes of the steps that may begin."""
+    record: Mapping[str, bytes]
+    context: Mapping[str, bytes]
+    instead: bytes = b""
+    """Of which record it takes the place, by what :func:`token_of` says; empty: of none."""
 
 
 def encode_new(state: WorkflowState, encode: Encode) -> tuple[Fields, Fields, list[int]]:

@@ -7,7 +7,7 @@ allow that. One event loop.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from orchestra._keys import WorkflowKeys
@@ -16,6 +16,7 @@ from orchestra._redis.link import Link
 from orchestra._redis.wire import pack
 from orchestra._scripts import Arg, script
 from orchestra._workflow.pipeline import Pipeline
+from orchestra._workflow.record import GRACE_MS, NewRecord
 from orchestra._workflow.tail import Tail
 from orchestra.errors import CorruptEntryError, OrchestraError
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 PATIENCE: Final = 5.0
 """Seconds for which a call is repeated while Redis is away."""
-GRACE_MS: Final = 5_000
-"""After so long the outbox is swept for what was committed and has not begun."""
 
 
 class RedisWorkflows:
@@ -39,18 +38,10 @@ class RedisWorkflows:
         self._tail = Tail(manager, self.keys)
         self._move = script("workflow_move")
 
-    async def make(
-        self,
-        task_id: str,
-        token: str,
-        ready: Sequence[int],
-        record: Mapping[str, bytes],
-        context: Mapping[str, bytes],
-        instead: bytes = b"",
-    ) -> int:
+    async def make(self, task_id: str, new: NewRecord) -> int:
         """See the protocol. O(fields), one round trip."""
-        args: list[Arg] = [task_id, token, GRACE_MS, instead, len(ready), *ready]
-        for fields in (record, context):
+        args: list[Arg] = [task_id, new.token, GRACE_MS, new.instead, len(new.ready), *new.ready]
+        for fields in (new.record, new.context):
             args.append(len(fields))
             for name, value in fields.items():
                 args += (name, value)

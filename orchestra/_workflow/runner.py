@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from orchestra._agents.services import Services, StepScope, serving
@@ -85,6 +85,7 @@ class StepRunner:
         breaker: when the breakers of the planners open.
         sweep: seconds between two looks for what was not sent, 0.05 to 3600.
         guest: the queue is served for the sake of workflows: tasks that nobody here serves are given back, not buried.
+        actions: what planners may use at present; None is anything: other workers may have agents that this one has not.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class StepRunner:
         breaker: CircuitBreakerConfig | None = None,
         sweep: float = 5.0,
         guest: bool = False,
+        actions: Callable[[], Collection[str] | None] = lambda: None,
     ) -> None:
         self.queue = queue
         self.guest = guest
@@ -107,7 +109,8 @@ class StepRunner:
         services = Services(queue, memory)
         self._agents = get_agent_registry() if agents is None else agents
         local = LocalAgents(self._agents, breaker, services=services)
-        self._planning = Planning(local, self._templates, self._planners)
+        encode = (MemoryManager() if memory is None else memory).encode
+        self._planning = Planning(local, self._templates, self._planners, actions, encode)
         self._drivers: dict[str, Driver] = {}
         self._upkeep = Upkeep(queue, self._drivers, sweep, self.driver)
         self._open = 0

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from orchestra._documents import RedisStore
 from orchestra._shared import shared
+from orchestra._workflow.record import NewRecord
 from orchestra._workflow.redis_store import RedisWorkflows
 from orchestra._workflow.twin import LocalWorkflows
 
@@ -25,19 +26,8 @@ Arg = str | bytes | int
 class WorkflowStore(Protocol):
     """The records of one namespace; see the scripts ``workflow_*`` for what each call does. Raises StoreError."""
 
-    async def make(
-        self,
-        task_id: str,
-        token: str,
-        ready: Sequence[int],
-        record: Mapping[str, bytes],
-        context: Mapping[str, bytes],
-        instead: bytes = b"",
-    ) -> int:
-        """When the record was made, milliseconds, by this call or an earlier one with this token; 0: by another.
-
-        ``instead``: of which record it takes the place, by what :func:`~orchestra._workflow.record.token_of` says.
-        """
+    async def make(self, task_id: str, new: NewRecord) -> int:
+        """When the record was made, milliseconds, by this call or an earlier one with this token; 0: by another."""
 
     async def move(self, op: str, task_id: str, ttl_ms: int, largest: int, args: Sequence[Arg]) -> list[Any]:
         """What ``lua/workflow_move.lua`` answers."""

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestra._workflow.record import FORMAT, token_of
+from orchestra._workflow.record import FORMAT, GRACE_MS, NewRecord, token_of
 from orchestra._workflow.twin_moves import Place, next_position
 from orchestra._workflow.twin_ops import Moves
 from orchestra.tasks import check_ident
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-GRACE_MS = 5_000
 
 
 class LocalWorkflows:
@@ -48,23 +46,15 @@ class LocalWorkflows:
             self._bell.set()
             self._bell = None
 
-    async def make(
-        self,
-        task_id: str,
-        token: str,
-        ready: Sequence[int],
-        record: Mapping[str, bytes],
-        context: Mapping[str, bytes],
-        instead: bytes = b"",
-    ) -> int:
+    async def make(self, task_id: str, new: NewRecord) -> int:
         """See the protocol."""
         check_ident("task id", task_id)
         self._forget_expired()
         place, now = self.place, self._ms()
         created, there = now, place.records.get(task_id, {})
-        if there.get("token") == token.encode():
+        if there.get("token") == new.token.encode():
             return int(there["created"])
-        if there and token_of(there) != instead:
+        if there and token_of(there) != new.instead:
             return 0
         planned = there.get("status") == b"running"
         said: dict[str, bytes] = {}
@@ -74,12 +64,12 @@ class LocalWorkflows:
         else:
             place.contexts.pop(task_id, None)
             place.events.pop(task_id, None)
-        place.records[task_id] = {**said, **record, "token": token.encode(), "created": b"%d" % created}
-        place.contexts.setdefault(task_id, {}).update(context)
+        place.records[task_id] = {**said, **new.record, "token": new.token.encode(), "created": b"%d" % created}
+        place.contexts.setdefault(task_id, {}).update(new.context)
         place.expiry.pop(task_id, None)
         place.outbox.pop(f"{task_id}|-1|1", None)
         place.log(task_id, now, "workflow.planned" if planned else "workflow.started")
-        for index in ready:
+        for index in new.ready:
             place.log(task_id, now, "step.ready", index)
             place.outbox[f"{task_id}|{index}|1"] = now + GRACE_MS
         place.index[task_id] = created

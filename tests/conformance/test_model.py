@@ -63,10 +63,10 @@ def test_the_product_and_the_model_never_differ(machine):
 
 
 MUTANTS = {
-    "complete ignores who holds it": ("complete", "  if count == expected then", "  if true then"),
+    "complete ignores who holds it": ("complete", "if count ~= expected then", "if false then"),
     "complete trusts the whole range": ("complete", " or row[2] ~= consumer or row[4] ~= 1 then", " then"),
-    "complete does not delete": ("complete", "  redis.call('XDEL', stream, unpack(mine, from, to))\n", ""),
-    "complete_result does not count": ("complete_result", "if done > 0 then", "if false then"),
+    "complete does not delete": ("complete", "    redis.call('XDEL', stream, unpack(ids, from, to))\n", ""),
+    "complete_result does not count": ("complete_result", "'completed', firsts)", "'completed', 0)"),
     "retry drops what was handed out again": ("retry", "then row = nil end -- ours", "then end -- ours"),
     "retry does not acknowledge": ("retry", "  redis.call('XACK', stream, group, unpack(gone, from, to))\n", ""),
     "retry ignores cancel marks": ("retry", "  if mark and ", "  if false and "),

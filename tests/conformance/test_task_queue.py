@@ -38,24 +38,22 @@ async def read_one(queue, consumer="a"):
     return delivery
 
 
+async def _all_of(take_some, count):
+    """What ``take_some(count)`` gives until there are ``count``; a single call may bring fewer."""
+    taken = []
+    while len(taken) < count:
+        got = await take_some(count - len(taken))
+        assert got, f"{len(taken)} of {count}"
+        taken += got
+    return taken
+
+
 async def read_all(queue, count, consumer="a"):
-    """Deliveries until there are ``count``; a single read may bring fewer."""
-    deliveries = []
-    while len(deliveries) < count:
-        got = await queue.read(consumer, count - len(deliveries), 1000)
-        assert got, f"{len(deliveries)} of {count} deliveries"
-        deliveries += got
-    return deliveries
+    return await _all_of(lambda most: queue.read(consumer, most, 1000), count)
 
 
 async def take_all(queue, count, consumer="a"):
-    """Tasks until there are ``count``; a single consume may bring fewer."""
-    tasks = []
-    while len(tasks) < count:
-        got = await queue.consume(consumer, count - len(tasks), 1000)
-        assert got, f"{len(tasks)} of {count} tasks"
-        tasks += got
-    return tasks
+    return await _all_of(lambda most: queue.consume(consumer, most, 1000), count)
 
 
 async def drain(queue, consumer="a", block_ms=0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from orchestra._ext.gcra import LIMIT, NEVER, GcraTable, check
+from tests.ext._leaks import growth, needs_resource
 from tests.reference import gcra as reference
 
 TIME = st.one_of(st.integers(0, 10**6), st.integers(-LIMIT, LIMIT))
@@ -270,7 +270,6 @@ def test_keys_are_released():
 
 
 LEAK = """
-import resource
 from orchestra._ext.gcra import GcraTable, check
 
 def rounds(count):
@@ -284,14 +283,9 @@ def rounds(count):
             table.observe("x" * 100, 2**70, 0, 0)
         except ValueError:
             pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-base = rounds(30)
-print(rounds(300) - base)
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
+@needs_resource
 def test_no_leak_in_a_fresh_process():
-    grown = int(subprocess.run([sys.executable, "-c", LEAK], capture_output=True, text=True, check=True).stdout)
-    assert grown < 1_000 * (1 if sys.platform != "darwin" else 1024)
+    assert growth(LEAK) < 1_000

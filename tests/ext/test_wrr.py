@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
 import sys
 import weakref
 from collections import Counter
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from orchestra._ext.wrr import MAX_IDS, SmoothRing
+from tests.ext._leaks import growth, needs_resource
 from tests.reference import wrr as reference
 
 IDS = st.sampled_from("abcdefgh")
@@ -318,7 +318,6 @@ def test_ids_taken_by_the_collector_are_an_error_not_a_crash():
 
 
 LEAK = """
-import resource
 from orchestra._ext.wrr import SmoothRing
 
 def rounds(count):
@@ -336,14 +335,9 @@ def rounds(count):
         for ident in ids:
             ring.remove(ident)
         SmoothRing().set_weight(ring, 1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-base = rounds(30)
-print(rounds(300) - base)
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
+@needs_resource
 def test_no_leak_in_a_fresh_process():
-    grown = int(subprocess.run([sys.executable, "-c", LEAK], capture_output=True, text=True, check=True).stdout)
-    assert grown < 1_000 * (1 if sys.platform != "darwin" else 1024)
+    assert growth(LEAK) < 1_000

@@ -73,18 +73,6 @@ async def age(client, queue, seconds, lane=2):
         )
 
 
-async def settled(queue, seconds=60.0):
-    """Until nothing is live; the statistics then."""
-
-    async def empty():
-        stats = await queue.stats()
-        return stats if stats.live == 0 else None
-
-    stats = await until(empty, seconds)
-    assert stats.adds_up, stats
-    return stats
-
-
 @contextlib.contextmanager
 def events(*names):
     """Collects the events ``names`` as (name, facts)."""

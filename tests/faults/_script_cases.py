@@ -141,6 +141,18 @@ def _(w: World, n: int) -> Case:
     return Case([w.keys.lanes[2], *w.keys.tokens, w.keys.counters], [60_000, 2, "token", "token", w.frame(0)])
 
 
+@case("produce_many", "own ids")
+def _(w: World, n: int) -> Case:
+    ids, frames = [f"t{number}" for number in range(n)], [w.frame(number) for number in range(n)]
+    return Case([w.keys.lanes[2], *w.keys.dedup, w.keys.counters], [HOUR, 2, "", *frames, *ids])
+
+
+@case("produce_many", "a token")
+def _(w: World, n: int) -> Case:
+    frames = [w.frame(number) for number in range(n)]
+    return Case([w.keys.lanes[2], *w.keys.tokens, w.keys.counters], [60_000, 2, "token", *frames])
+
+
 @case("promote", "due in every lane")
 def _(w: World, n: int) -> Case:
     k = w.keys
@@ -179,22 +191,38 @@ def _(w: World, n: int) -> Case:
     return _complete(w, w.held(n), n)
 
 
-@case("complete", "one by one, and again")
-def _(w: World, n: int) -> Case:
+def _complete_again(w: World, n: int) -> Case:
     first, again = w.held(n), w.held(n, first=n)
     w.claim(again, ME, "RETRYCOUNT", 2)
     repeated = [part for entry in again for part in (entry, 2)]
     return Case([w.keys.lanes[2], w.keys.counters], [GROUP, ME, 0, "-", "+", n, *first, *repeated])
 
 
-@case("complete_result", "held")
+@case("complete", "one by one, and again")
 def _(w: World, n: int) -> Case:
-    ids = w.held(n)
-    args: list[Any] = [GROUP, ME]
-    for entry in ids:
-        args += (entry, 1, HOUR, RECORD, w.keys.replies("client"))
+    return _complete_again(w, n)
+
+
+def _with_results(w: World, case: Case, n: int) -> Case:
     results = [w.keys.result(f"t{i}") for i in range(n)]
-    return Case([w.keys.lanes[2], w.keys.counters, *results], args, frozenset(range(3, 3 + n)))
+    args = [*case.args, *(n * (HOUR, RECORD, w.keys.replies("client")))]
+    return Case([*case.keys, *results], args, frozenset(range(3, 3 + n)))
+
+
+@case("complete_result", "the oldest")
+def _(w: World, n: int) -> Case:
+    return _with_results(w, _complete(w, w.held(n), n), n)
+
+
+@case("complete_result", "behind an older one")
+def _(w: World, n: int) -> Case:
+    w.held(1, OTHER, first=n)
+    return _with_results(w, _complete(w, w.held(n), n), n)
+
+
+@case("complete_result", "one by one, and again")
+def _(w: World, n: int) -> Case:
+    return _with_results(w, _complete_again(w, n), 2 * n)
 
 
 @case("cancelled", "held")

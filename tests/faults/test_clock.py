@@ -20,7 +20,8 @@ from orchestra.agents import AgentRegistry
 from orchestra.connections import ConnectionManager
 from orchestra.dispatcher import Dispatcher
 from tests.faults._checks import until
-from tests.faults._lease_tools import TalkingWorker, age, events, pending, queue_for, settled
+from tests.faults._lease_tools import TalkingWorker, age, events, pending, queue_for
+from tests.waiting import settled
 
 SOURCE = Path(__file__).with_name("clock_shim.c")
 HOUR, DAY = 3600, 86_400

@@ -20,8 +20,9 @@ from orchestra.dispatcher import Dispatcher
 from orchestra.errors import ConfigurationError
 from orchestra.task_queue import RedisStreamTaskQueue
 from tests.faults._checks import until
-from tests.faults._lease_tools import TalkingWorker, events, pending, queue_for, settled
+from tests.faults._lease_tools import TalkingWorker, events, pending, queue_for
 from tests.faults.proxy import Proxy
+from tests.waiting import settled
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from orchestra.connections import ConnectionManager
 from orchestra.dispatcher import Dispatcher
 from orchestra.task_queue import RedisStreamTaskQueue
 from tests.faults._checks import until
-from tests.faults._lease_tools import age, events, pending, queue_for, settled, turns
+from tests.faults._lease_tools import age, events, pending, queue_for, turns
 from tests.faults.proxy import Proxy
+from tests.waiting import settled
 
 AOF = ("--appendonly", "yes", "--appendfsync", "always")
 

@@ -26,7 +26,7 @@ from tests.reference.keyspace import Plain, ReplyError
 LUA = Path(__file__).parents[2] / "orchestra" / "lua"
 SCRIPTS = sorted(path.stem for path in LUA.glob("*.lua"))
 REFUSED_WHEN_FULL = {"produce", "lock_acquire", "memory_append", "memory_commit", "memory_note", "breaker"}
-REFUSED_WHEN_FULL |= {"produce_one", "gcra", "gcra_return", "gcra_set", "gcra_note", "gcra_refused"}
+REFUSED_WHEN_FULL |= {"produce_one", "produce_many", "gcra", "gcra_return", "gcra_set", "gcra_note", "gcra_refused"}
 REFUSED_WHEN_FULL |= {"workflow_make", "workflow_save", "workflow_emit"}
 """Scripts that add for good. Every other one ends or moves something, which must go on when memory is full."""
 COMMAND = re.compile(r"redis\.p?call\('([A-Z]+)'(?:, '(CREATE|DELCONSUMER)')?")
@@ -150,6 +150,8 @@ AGAIN = {
     "produce everything": lambda first, second: check_expansion(first, second),
     "produce own ids": lambda first, second: check_equal(second, [b"=2:" + entry for entry in first]),
     "produce one": lambda first, second: check_equal(second, [b"!", b"2 " + first[0] + b" 1"]),
+    "produce_many own ids": lambda first, second: check_equal(second, repeats_of(first)),
+    "produce_many a token": again_same,
     "produce_one an own id": lambda first, second: check_equal(second, b"=2:" + first),
     "produce_one a token": again_same,
     "promote due in every lane": lambda first, second: check_equal((first[0], second[0]), (16, 0)),
@@ -158,7 +160,9 @@ AGAIN = {
     "complete the oldest": again_stale,
     "complete behind an older one": again_stale,
     "complete one by one, and again": again_stale,
-    "complete_result held": again_stale,
+    "complete_result the oldest": again_stale,
+    "complete_result behind an older one": again_stale,
+    "complete_result one by one, and again": again_stale,
     "cancelled held": again_stale,
     "hasten throttled": again_nothing,
     "retry with a delay": again_stale,
@@ -210,12 +214,20 @@ NOT_REPEATABLE = {
 }
 
 
-COUNTED = {"produce own ids": b"2", "produce_one an own id": b"1"}
+COUNTED = {"produce own ids": b"2", "produce_many own ids": b"2", "produce_one an own id": b"1"}
 """How many duplicates a second call of a script counts."""
 
 
 def check_equal(one, other):
     assert one == other
+
+
+def repeats_of(first):
+    """What a repeat of tasks with ids of their own answers to a call that was answered with a record."""
+    mark, record = first
+    lanes, firsts, counts = (record.decode().split()[i::3] for i in range(3))
+    assert (mark, {*lanes}) == (b"!", {"2"})
+    return [b"=2:" + entry for entry in expanded(firsts, counts)]
 
 
 def again_repeated(first, second):
@@ -269,7 +281,7 @@ def test_what_was_handed_out_again_is_left_alone(name, situation, holder, count,
     case = CASES[name][situation](world, 2)
     pending = sorted(entry for _, entry in pending_in(world))
     for entry in pending:
-        held_again = name == "complete" and situation.endswith("again") and entry in pending[2:]
+        held_again = situation == "one by one, and again" and entry in pending[2:]
         world.claim([entry], holder, "RETRYCOUNT", count + 5 * held_again)
     before = keyspace.exact(client)
     stale = world.call(name, case)
@@ -357,6 +369,17 @@ def test_large_numbers_keep_their_last_digit(client):
     assert world.call("lock_acquire", lock) == [2**52 + 2, 0]
     assert world.call("lock_acquire", lock) == [2**52 + 2, 0]
     assert int(client("GET", lock.keys[1])) == 2**52 + 2
+
+
+@pytest.mark.parametrize("sequence", [2**53 - 3, 2**53 + 1, 2**63 + 12_345])
+def test_records_of_ids_beyond_what_a_double_counts(client, sequence):
+    """G4: the record of many plain tasks of such a lane names each of them exactly."""
+    world = World(client)
+    lane, far = world.keys.lanes[2], 4_000_000_000_000
+    client("XADD", lane, f"{far}-{sequence}", "t", world.frame(9))
+    first = world.call("produce_many", CASES["produce_many"]["own ids"](world, 3))
+    assert first == [b"!", f"2 {far}-{sequence + 1} 3".encode()]
+    assert repeats_of(first) == [f"=2:{far}-{sequence + i}".encode() for i in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("sequence", [2**53 - 3, 2**53 + 1, 2**63 + 12_345])

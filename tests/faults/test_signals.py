@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import os
 import resource
 import signal
 import subprocess
@@ -22,6 +21,8 @@ from orchestra.agents import AgentRegistry
 from orchestra.app import GROUP
 from orchestra.dispatcher import Dispatcher
 from orchestra.task_queue import RedisStreamTaskQueue
+from tests.processes import LoggedProcess, orchestra
+from tests.waiting import settled
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, sets limits of other processes")
 
@@ -192,40 +193,18 @@ async def multiprocesses(task: BaseTask) -> int:
 """
 
 
-class Worker:
-    """An ``orchestra worker`` process; its log is a file."""
+class Worker(LoggedProcess):
+    """An ``orchestra worker`` process, with a fault or without."""
 
     def __init__(self, folder, *args, fault=None) -> None:
-        self.log_path = folder / f"log{time.monotonic_ns()}"
-        environment = {**os.environ, "NOTES": str(folder), **({"FAULT": fault} if fault else {})}
-        with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "orchestra.cli", "worker", "jobs.py", *args],
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    @property
-    def log(self) -> str:
-        return self.log_path.read_text()
-
-    def signal(self, number) -> None:
-        self.process.send_signal(number)
+        faults = {} if fault is None else {"FAULT": fault}
+        super().__init__(folder, orchestra("worker", "jobs.py", *args), NOTES=str(folder), **faults)
 
     async def says(self, words, count=1) -> None:
         await until(lambda: self.log.count(words) >= count, lambda: self.log)
 
     async def status(self, seconds=60.0) -> int:
         return await asyncio.to_thread(self.process.wait, seconds)
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(10)
 
 
 async def until(condition, what=lambda: "", seconds=60.0):
@@ -273,15 +252,6 @@ def lines(folder, name="runs"):
     except FileNotFoundError:
         return []
     return [(ident, int(attempt), int(fence), int(pid)) for ident, attempt, fence, pid in map(str.split, rows)]
-
-
-async def settled(queue, seconds=60.0):
-    """The statistics of ``queue`` once nothing is live; they must add up."""
-    async with asyncio.timeout(seconds):
-        while (stats := await queue.stats()).live:
-            await asyncio.sleep(0.02)
-    assert stats.adds_up, stats
-    return stats
 
 
 def task(ident, kind=None, **given):

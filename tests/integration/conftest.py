@@ -1,11 +1,17 @@
-"""The command line in processes of its own, forked from one that has imported it: the fixture ``forks``."""
+"""The command line in processes of its own, forked from one that has imported it: ``forks``. Where workflows live: ``place``."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 
 import pytest
+
+from orchestra.memory import MemoryManager
+from orchestra.memory_queue import InMemoryTaskQueue
+from orchestra.task_queue import RedisStreamTaskQueue
 
 # Starts each command as a process of its own, but imports what they share once: a start costs 20 ms instead of 500.
 FORKS = """
@@ -35,10 +41,43 @@ for line in sys.stdin:
 """
 
 
+class Forks:
+    """The process that is forked, and what its children say."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, folder, *args: str, given: str = "") -> tuple[int, str, str]:
+        """Run a command in ``folder`` to its end: status, standard output, standard error."""
+        files = {name: str(folder / f"std{name}") for name in ("in", "out", "err")}
+        (folder / "stdin").write_text(given)
+        asked = {"args": args, "cwd": str(folder), "env": dict(os.environ), **files}
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        status = int(self._process.stdout.readline())
+        out, err = ((folder / name).read_text("utf-8") for name in ("stdout", "stderr"))
+        assert "Traceback" not in err or "--debug" in args, err
+        return status, out, err
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(10)
+        self._process.stdout.close()
+
+
 @pytest.fixture(scope="module")
 def forks():
-    process = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = Forks()
     yield process
-    process.stdin.close()
-    process.wait(10)
-    process.stdout.close()
+    process.close()
+
+
+@pytest.fixture(params=["redis", "memory"])
+def place(request):
+    """A queue and the memory of its workflows, on Redis and in this process."""
+    if request.param == "memory":
+        return InMemoryTaskQueue("wf", "workers"), MemoryManager("memory:", namespace="wf")
+    manager = request.getfixturevalue("manager")
+    return RedisStreamTaskQueue("wf", "workers", manager=manager), MemoryManager(manager, namespace="wf")

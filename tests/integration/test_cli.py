@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import os
 import re
@@ -12,6 +12,9 @@ import sys
 import time
 
 import pytest
+
+from tests.processes import LoggedProcess, assert_error_line
+from tests.processes import orchestra as command
 
 JOBS = """
 from __future__ import annotations
@@ -43,56 +46,17 @@ def folder(tmp_path, redis_url, monkeypatch):
     return tmp_path
 
 
-def command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "orchestra.cli", *args]
-
-
 @pytest.fixture
 def cli(folder, forks):
     """Run the command line in a process: status, standard output, standard error."""
-
-    def run(*args: str, given: str = "") -> tuple[int, str, str]:
-        files = {name: str(folder / f"std{name}") for name in ("in", "out", "err")}
-        (folder / "stdin").write_text(given)
-        forks.stdin.write(json.dumps({"args": args, "cwd": str(folder), "env": dict(os.environ), **files}) + "\n")
-        forks.stdin.flush()
-        status = int(forks.stdout.readline())
-        out, err = (folder / "stdout").read_text(), (folder / "stderr").read_text()
-        assert "Traceback" not in err or "--debug" in args, err
-        return status, out, err
-
-    return run
+    return functools.partial(forks.run, folder)
 
 
-class Background:
+class Background(LoggedProcess):
     """A command that runs on; its log is on standard error."""
 
     def __init__(self, folder, *args: str) -> None:
-        self.log_path = folder / f"log{time.monotonic_ns()}"
-        with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(
-                command(*args),
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    @property
-    def log(self) -> str:
-        return self.log_path.read_text()
-
-    def wait_for(self, words: str, count: int = 1) -> str:
-        end = time.monotonic() + 20
-        while len(re.findall(words, self.log)) < count:
-            assert self.process.poll() is None, self.log
-            assert time.monotonic() < end, self.log
-            time.sleep(0.02)
-        return self.log
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
+        super().__init__(folder, command(*args))
 
     def status(self) -> int:
         return self.process.wait(15)
@@ -110,10 +74,7 @@ def worker(folder):
 
     yield start
     for each in started:
-        if each.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(each.process.pid, signal.SIGKILL)
-            each.process.wait(5)
+        each.end()
 
 
 # -- help
@@ -165,11 +126,7 @@ def test_help_is_for_newcomers(cli):
     ],
 )
 def test_an_error_is_one_line_and_a_status(cli, args, status, words):
-    got, out, err = cli(*args)
-    assert (got, out) == (status, "")
-    (line,) = [line for line in err.splitlines() if line]
-    assert line.startswith("error: ")
-    assert words in line
+    assert_error_line(cli(*args), status, words)
 
 
 def test_debug_shows_the_traceback(cli):
@@ -234,6 +191,23 @@ def test_submit_and_wait(cli, worker):
     assert "\x1b" not in err
     status, _, err = cli("submit", "jobs.py", "slow", '{"seconds": 5}', "--wait", "--wait-timeout", "0.2")
     assert (status, "has no result after 0.2 s" in err) == (1, True)
+
+
+def test_a_module_that_is_taken_for_a_queue_is_told(cli, folder):
+    (folder / "other.py").write_text(JOBS)  # its App's queue is "jobs"
+    what = "'other' was taken for a queue's name: for the module write other:app"
+    status, _, err = cli("stats", "other")
+    assert (status, what in err) == (2, True)
+    status, out, err = cli("submit", "other", "shout", '{"text": "hi"}')
+    assert (status, "to queue other" in out, what in err) == (0, True, True)
+    assert "was taken" not in cli("submit", "other:app", "shout", '{"text": "hi"}')[2]
+    assert "was taken" not in cli("submit", "neither", "shout", '{"text": "hi"}')[2]
+
+
+@pytest.mark.parametrize("given", ["[]", '[["a", 1]]', "null", "3"])
+def test_metadata_is_an_object(cli, given):
+    status, out, err = cli("submit", "jobs.py", "shout", '{"text": "hi"}', "--metadata", given)
+    assert (status, out, err) == (2, "", f"error: --metadata must be a JSON object, got {given!r}\n")
 
 
 def test_a_worker_drains_on_sigterm(cli, worker):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
+
+from tests.processes import LoggedProcess, assert_error_line, orchestra
 
 JOBS = """
 from __future__ import annotations
@@ -63,44 +61,16 @@ def folder(tmp_path, redis_url, monkeypatch):
 @pytest.fixture
 def cli(folder, forks):
     """Run `orchestra workflow …` in a process: status, standard output, standard error."""
-
-    def run(*args: str, given: str = "") -> tuple[int, str, str]:
-        files = {name: str(folder / f"std{name}") for name in ("in", "out", "err")}
-        (folder / "stdin").write_text(given)
-        asked = {"args": ("workflow", *args), "cwd": str(folder), "env": dict(os.environ), **files}
-        forks.stdin.write(json.dumps(asked) + "\n")
-        forks.stdin.flush()
-        status = int(forks.stdout.readline())
-        out, err = ((folder / name).read_text("utf-8") for name in ("stdout", "stderr"))
-        assert "Traceback" not in err, err
-        return status, out, err
-
-    return run
+    return functools.partial(forks.run, folder, "workflow")
 
 
 @pytest.fixture
 def worker(folder):
     """A running `orchestra worker jobs.py`, ready."""
-    log = folder / "worker.log"
-    with open(log, "wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "orchestra.cli", "worker", "jobs.py"],
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=out,
-            start_new_session=True,
-        )
-    end = time.monotonic() + 30
-    while "ready: agents" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.02)
-    yield process
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(5)
+    running = LoggedProcess(folder, orchestra("worker", "jobs.py"))
+    running.wait_for("ready: agents")
+    yield running
+    running.end()
 
 
 def until(cli, workflow_id: str, reached) -> dict:
@@ -316,11 +286,13 @@ def test_an_id_in_two_queues_must_be_told_apart(cli):
     ],
 )
 def test_an_error_is_one_line_and_a_status(cli, args, status, words):
-    got, out, err = cli(*args)
-    assert (got, out) == (status, "")
-    (line,) = [line for line in err.splitlines() if line]
-    assert line.startswith("error: ")
-    assert words in line
+    assert_error_line(cli(*args), status, words)
+
+
+def test_a_module_without_its_app_is_taken_for_a_queue_and_says_so(cli):
+    status, _, err = cli("start", "jobs", "twice", "--plan", "careful.json")
+    assert status == 0
+    assert "'jobs' was taken for a queue's name: for the module write jobs:app" in err
 
 
 def test_help_is_for_newcomers(cli):

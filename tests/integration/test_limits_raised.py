@@ -13,7 +13,7 @@ from orchestra.dispatcher import Dispatcher
 from orchestra.flow_control import BackpressureConfig, RateLimitConfig, RedisRateLimiter, set_limit
 from orchestra.memory_queue import InMemoryTaskQueue
 from orchestra.task_queue import RedisStreamTaskQueue
-from tests.integration.waiting import settled, until
+from tests.waiting import settled, until
 
 HOUR = 3600.0
 

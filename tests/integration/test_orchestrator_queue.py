@@ -21,7 +21,6 @@ from orchestra.errors import (
     WorkflowError,
 )
 from orchestra.memory import MemoryManager
-from orchestra.memory_queue import InMemoryTaskQueue
 from orchestra.orchestration_worker_pool import OrchestrationWorkerPoolConfig, QueueWorkerPool
 from orchestra.orchestrator import Orchestrator
 from orchestra.task_queue import RedisStreamTaskQueue
@@ -31,14 +30,6 @@ from tests.integration.noting import Agents
 
 QUICK = {"max_retries": 2, "base": 0.001, "max_delay": 0.002}
 TASK = {"type": "report", "input": {"q": 1}, "metadata": {"tenant": "acme"}}
-
-
-@pytest.fixture(params=["redis", "memory"])
-def place(request):
-    if request.param == "memory":
-        return InMemoryTaskQueue("wf", "workers"), MemoryManager("memory:", namespace="wf")
-    manager = request.getfixturevalue("manager")
-    return RedisStreamTaskQueue("wf", "workers", manager=manager), MemoryManager(manager, namespace="wf")
 
 
 @pytest.fixture
@@ -649,7 +640,14 @@ async def test_a_guest_gives_back_what_it_has_no_agent_for(make, place):
         ([{"action": "work", "depends_on": ["x"]}], "'x'"),
         ({"plan": []}, "got 0 steps"),
         (object(), "expected a list"),
+        ([{"action": "work"}] * 10_001, "got 10001 steps"),
+        ([{"action": "work", "args": {"x": {1}}}], "step 0 of the plan.args.x: a set does not travel"),
+        ([{"action": "work", "note": 2**70}], "step 0 of the plan.note: an int must be"),
+        ([{"action": "work", "reasoning": "r" * 2_000_000}], "larger than the memory's limit"),
+        (SystemExit(3), "raised SystemExit(3), which is no Exception"),
+        (asyncio.CancelledError(), "raised CancelledError(), which is no Exception"),
     ],
+    ids=range(12),
 )
 async def test_bad_planner_output_falls_back_to_the_alternate(make, answer, said):
     agents = Agents(planner=answer, second=[{"action": "work"}], work=2)
@@ -659,6 +657,15 @@ async def test_bad_planner_output_falls_back_to_the_alternate(make, answer, said
     context = state.workflow_context
     assert (context["plan_source"], context["planner"], context["final_output"]) == ("alternate", "second", 2)
     assert said in context["planner_error"]["message"]
+
+
+async def test_a_template_that_cannot_be_recorded_is_told_and_the_task_is_its_own_step(make):
+    orchestrator = make(Agents(report=2))
+    orchestrator.register_template("report", lambda task: [{"action": "report", "args": {"x": 2**70}}])
+    await orchestrator.process_incoming_task("t1", TASK)
+    context = (await orchestrator.workflow_engine.load_workflow_state("t1")).workflow_context
+    assert (context["plan_source"], context["final_output"]) == ("single_step", 2)
+    assert "step 0 of the plan.args.x" in context["template_error"]["message"]
 
 
 async def test_all_planners_down_the_template_then_one_step(make):

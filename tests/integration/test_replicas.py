@@ -15,7 +15,7 @@ from orchestra.errors import ConfigurationError, RetryLater, Throttled, UnknownA
 from orchestra.flow_control import BackpressureConfig, RateLimitConfig, RedisRateLimiter
 from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import Outcome, Retry
-from tests.integration.waiting import settled, until
+from tests.waiting import settled, until
 
 NEVER = Retry(max_retries=0)
 QUICK = Retry(max_retries=3, base=0.01, max_delay=0.05)

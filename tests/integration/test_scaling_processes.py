@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -16,6 +14,7 @@ from orchestra import App
 from orchestra._pool.scaling import Scaler, ScalingPolicy
 from orchestra.cli._supervisor import READY, Load, Place, Processes, Report
 from orchestra.errors import ConfigurationError
+from tests.processes import LoggedProcess, orchestra
 
 JOBS = """
 from __future__ import annotations
@@ -31,35 +30,11 @@ async def nap(n: int) -> int:
 """
 
 
-class Worker:
-    """A supervised worker whose log is a file."""
-
-    def __init__(self, folder, *args: str) -> None:
-        self.log_path = folder / "log"
-        with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "orchestra.cli", "worker", "jobs.py", *args],
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    @property
-    def log(self) -> str:
-        return self.log_path.read_text()
-
-    def wait_for(self, pattern: str, times: int = 1, seconds: float = 60.0) -> str:
-        end = time.monotonic() + seconds
-        while len(re.findall(pattern, self.log)) < times:
-            assert time.monotonic() < end, self.log
-            assert self.process.poll() is None, self.log
-            time.sleep(0.05)
-        return self.log
+class Worker(LoggedProcess):
+    """A supervised worker."""
 
     def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
+        self.signal(signal.SIGTERM)
         return self.process.wait(60)
 
     def children(self) -> list[int]:
@@ -76,14 +51,12 @@ def worker(tmp_path, redis_url, monkeypatch):
     made = []
 
     def start(*args: str) -> Worker:
-        made.append(Worker(tmp_path, *args))
+        made.append(Worker(tmp_path, orchestra("worker", "jobs.py", *args)))
         return made[-1]
 
     yield start
     for each in made:
-        with contextlib.suppress(ProcessLookupError):
-            each.process.kill()
-        each.process.wait(10)
+        each.end()
 
 
 @pytest.mark.slow

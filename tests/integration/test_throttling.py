@@ -18,7 +18,7 @@ from orchestra.errors import CircuitOpenError, ConfigurationError, Throttled
 from orchestra.flow_control import BackpressureConfig, RateLimitConfig, RedisRateLimiter, list_limits
 from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import Outcome, Retry
-from tests.integration.waiting import settled, until
+from tests.waiting import settled, until
 
 NEVER = Retry(max_retries=0)
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks import bench_heap, guard
 from benchmarks.checks import CHECKS, cpu_of
 from benchmarks.guard import MORE, Check, judge
+from tests.processes import run_module
 
-ROOT = Path(__file__).parents[2]
 MARGIN, ROUNDS, TRUE_RATIO = 0.2, 16, 2.0
 
 
@@ -136,7 +133,5 @@ def test_command_ends_with_the_verdict(tmp_path, factor, status, word):
     baseline["checks"] = {name: {**baseline["checks"][name], "ratio": baseline["checks"][name]["ratio"] * factor}}
     path = tmp_path / "baseline.json"
     path.write_text(json.dumps(baseline))
-    command = [sys.executable, "-m", "benchmarks.guard", "--only", name, "--baseline", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert next(line for line in done.stdout.splitlines() if name in line).startswith(word)
+    said = run_module("benchmarks.guard", "--only", name, "--baseline", str(path), status=status)
+    assert next(line for line in said.splitlines() if name in line).startswith(word)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
 import sys
 import textwrap
 import time
 import zlib
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree as ET
 
@@ -23,8 +21,8 @@ from benchmarks.peers import chart, drive, environments, report, verify
 from benchmarks.peers import turn as turns
 from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.peers.drive import Contender, WorkloadError
+from tests.processes import run_module
 
-ROOT = Path(__file__).parents[2]
 FAKE = Peer(name="fake", program="with_fake", tasks=1_000, sleeps=50, own=True)
 SIZES = replace(command.QUICK, single=20, samples=5, limit=20.0)
 PROGRAM = """
@@ -346,15 +344,7 @@ def test_bad_arguments_are_refused(arguments, capsys):
 @pytest.mark.slow
 def test_our_own_programs_run(tmp_path):
     words = ["--quick", "--only", "orchestra", "--workload", "bulk,drain", "--output", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.peers", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_module("benchmarks.peers", *words)
     found = json.loads((tmp_path / "peers.json").read_text())
     assert [r["name"] for r in found["peers"]] == ["orchestra", "orchestra (generated ids)", "orchestra (App)"]
     for one in found["peers"]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks import scaling
 from benchmarks._server import Server
+from tests.processes import run_module
 
-ROOT = Path(__file__).parents[2]
 SMALL = {
     "agents": {"agents": 5, "tasks": 200, "sleeps": 10},
     "backlog": {"backlog": 3_000, "window": 1_000},
@@ -103,16 +100,7 @@ def test_row_that_fails_says_why_and_the_others_are_measured():
 
 @pytest.mark.slow
 def test_command_writes_tables(tmp_path):
-    words = ["--quick", "--only", "workers", "--output", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scaling", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_module("benchmarks.scaling", "--quick", "--only", "workers", "--output", str(tmp_path))
     found = json.loads((tmp_path / "scaling.json").read_text())
     assert {(row["servers"], row["workers"]) for row in found["tables"]["workers"]} == {(1, 1), (1, 2), (2, 2)}
     assert all(row["server µs"] > 0 and not row["error"] for row in found["tables"]["workers"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -41,6 +42,14 @@ def strategy(request):
 
 def picks(strategy, count, workers=WORKERS, task=None):
     return [strategy.select_worker(workers, task) for _ in range(count)]
+
+
+def picks_of_sixteen_threads(strategy):
+    """How often each worker was chosen by threads that choose 300 times each, at once."""
+    with ThreadPoolExecutor(16) as threads:
+        start = threading.Barrier(16)
+        chosen = [threads.submit(lambda: (start.wait(), picks(strategy, 300))[1]) for _ in range(16)]
+        return sum((Counter(each.result()) for each in chosen), Counter())
 
 
 class TestEveryStrategy:
@@ -133,19 +142,7 @@ class TestRoundRobin:
 
     def test_exact_with_sixteen_threads(self):
         """A lost or doubled turn would show as an uneven count."""
-        strategy, counts, lock = RoundRobinStrategy(), Counter(), threading.Lock()
-
-        def run():
-            mine = Counter(picks(strategy, 300))
-            with lock:
-                counts.update(mine)
-
-        threads = [threading.Thread(target=run) for _ in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert counts == {worker: 1600 for worker in WORKERS}
+        assert picks_of_sixteen_threads(RoundRobinStrategy()) == {worker: 1600 for worker in WORKERS}
 
     def test_nobody_starves_when_the_offer_changes(self):
         strategy = RoundRobinStrategy()
@@ -223,21 +220,10 @@ class TestWeightedRoundRobin:
             strategy.set_worker_weight("one more", 1)
 
     def test_exact_with_sixteen_threads(self):
-        strategy, counts, lock = WeightedRoundRobinStrategy(), Counter(), threading.Lock()
+        strategy = WeightedRoundRobinStrategy()
         for worker, weight in zip(WORKERS, (3, 1, 2), strict=True):
             strategy.set_worker_weight(worker, weight)
-
-        def run():
-            mine = Counter(picks(strategy, 300))
-            with lock:
-                counts.update(mine)
-
-        threads = [threading.Thread(target=run) for _ in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert counts == {"worker1": 2400, "worker2": 800, "worker3": 1600}
+        assert picks_of_sixteen_threads(strategy) == {"worker1": 2400, "worker2": 800, "worker3": 1600}
 
 
 class TestRandom:

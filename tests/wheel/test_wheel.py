@@ -33,7 +33,7 @@ def test_every_python_module_and_script_is_in_the_wheel(wheel_files):
 
 def test_nothing_else_is_in_the_wheel(wheel_files):
     allowed = re.compile(
-        r"orchestra/[\w/]+\.py|orchestra/(cli|testing)/\w+\.py|orchestra/lua/\w+\.lua|orchestra/py\.typed"
+        r"orchestra/[\w/]+\.py|orchestra/(cli|testing)/\w+\.py|orchestra/lua/(\w+/)?\w+\.lua|orchestra/py\.typed"
         r"|orchestra/_ext/(__init__\.py|\w+\.pyi|\w+\.[\w.-]*(so|pyd))"
         r"|orchestra_engine-[^/]+\.dist-info/.+|(\.\./)+bin/orchestra|.*Scripts/orchestra\.exe"
     )

@@ -153,9 +153,9 @@ def _ack_before_run() -> None:
 
 
 def _no_owner_check() -> None:
-    _replaced(r"if count == expected then", "if true then", "complete")
-    for name in ("complete_result", "dead_letter"):
-        _replaced(r"row and row\[4\] == tonumber\([^)]*\)", "true", name)
+    for name in ("complete", "complete_result"):
+        _replaced(r"if count ~= expected then", "if false then", name)
+    _replaced(r"row and row\[4\] == tonumber\([^)]*\)", "true", "dead_letter")
 
 
 def _promote_removes_first() -> None:
@@ -210,6 +210,8 @@ def _renewals_off() -> None:
 def _no_dedup() -> None:
     _replaced(r"if record or before then return", "if false then return", "produce")
     _replaced(r"and known\[mode\[3\]\] then", "and false then", "produce")
+    _replaced(r"    if record then\n", "    if false then\n", "produce_many")
+    _replaced(r"if where and not known", "if false and not known", "produce_many")
     _replaced(r"local known = redis", "local known = false and redis", "produce_one")
     _replaced(r"  known = redis", "  known = false and redis", "produce_one")
 
@@ -362,7 +364,7 @@ _ALL = (
         _no_dedup,
         lambda: _plan(
             [*_some(10, "quick"), *_some(10, "quick", own=False)],
-            {"kind": "reply_lost", "actor": "p0", "name": "produce", "how": "rst"},
+            {"kind": "reply_lost", "actor": "p0", "name": "produce_many", "how": "rst"},
             at=1.0,
         ),
         ("terminal", "duplicate"),

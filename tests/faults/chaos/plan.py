@@ -150,7 +150,10 @@ def make_fault(rng: random.Random, plan: Plan, kind: str) -> Fault:
     slot = rng.choice([f"w{n}" for n in range(plan.workers)])
     producer = f"p{rng.randrange(plan.producers)}"
     anyone = rng.choice([slot, slot, producer])
-    settling, adding = ["complete", "complete_result", "retry", "dead_letter", "renew"], ["produce", "produce_one"]
+    settling, adding = (
+        ["complete", "complete_result", "retry", "dead_letter", "renew"],
+        ["produce", "produce_one", "produce_many"],
+    )
     script = rng.choice([*settling, "promote", *adding, "*"])
     facts: dict[str, Any] = {
         "worker_kill": {"actor": slot},

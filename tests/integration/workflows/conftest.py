@@ -6,18 +6,7 @@ import pytest
 
 from orchestra._workflow import redis_store, twin
 from orchestra._workflow.driver import Driver
-from orchestra.memory import MemoryManager
-from orchestra.memory_queue import InMemoryTaskQueue
-from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.workflow import WorkflowEngine
-
-
-@pytest.fixture(params=["redis", "memory"])
-def place(request):
-    if request.param == "memory":
-        return InMemoryTaskQueue("wf", "workers"), MemoryManager("memory:", namespace="wf")
-    manager = request.getfixturevalue("manager")
-    return RedisStreamTaskQueue("wf", "workers", manager=manager), MemoryManager(manager, namespace="wf")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from orchestra.memory_queue import InMemoryTaskQueue
 from orchestra.tasks import BaseTask, Cancellation, Outcome, TaskState
 from orchestra.workflow import Ready, StepState, WorkflowEngine
 from tests.integration.noting import Killed
-from tests.integration.waiting import settled, until
+from tests.waiting import settled, until
 
 DONE, FAILED, SKIPPED = StepState.COMPLETED, StepState.FAILED, StepState.SKIPPED
 PENDING, RUNNING, WAITING = StepState.PENDING, StepState.RUNNING, StepState.WAITING

@@ -21,7 +21,7 @@ from orchestra.task_queue import RedisStreamTaskQueue
 from orchestra.tasks import BaseTask, TaskState
 from orchestra.workflow import StepState, WorkflowEngine, validate_plan
 from tests.integration.noting import Killed
-from tests.integration.waiting import settled
+from tests.waiting import settled
 
 DONE, FAILED, SKIPPED = StepState.COMPLETED, StepState.FAILED, StepState.SKIPPED
 PENDING, WAITING = StepState.PENDING, StepState.WAITING

@@ -1,4 +1,4 @@
-"""Waiting for what a dispatcher brings about: conditions and an empty queue, never a fixed time."""
+"""Waiting for what a worker brings about: conditions and an empty queue, never a fixed time."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 
 
 async def until(condition, seconds=60.0):
-    """Wait until the plain function ``condition`` gives something true."""
+    """Wait until the plain function ``condition`` gives something true, which is returned."""
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not (value := condition()):
             await asyncio.sleep(0.005)
+        return value
 
 
 async def settled(queue, seconds=60.0):
