@@ -281,7 +281,7 @@ class Execution:
         if isinstance(error, SystemExit):
             told = RuntimeError(f"the agent called sys.exit({error.code!r})")
             return self._raised(delivery, task, options, told, slot)
-        if isinstance(error, KeyboardInterrupt | GeneratorExit):
+        if isinstance(error, KeyboardInterrupt) or isolation.closing(error, slot.task):
             raise error
         return self._excepted(delivery, task, options, slot, error)
 
@@ -389,7 +389,9 @@ def _meaning(error: BaseException, slot: Slot) -> BaseException | None:
     if isinstance(error, asyncio.CancelledError):
         worker = asyncio.current_task()
         return None if worker is not None and worker.cancelling() else RuntimeError(_BY_ITSELF)
-    if isinstance(error, Throttled | Reject | CircuitOpenError | WaitForSignal | KeyboardInterrupt | GeneratorExit):
+    if isinstance(error, Throttled | Reject | CircuitOpenError | WaitForSignal | KeyboardInterrupt):
+        return None
+    if isolation.closing(error, slot.task):
         return None
     return error if isinstance(error, Exception) else RuntimeError(f"the agent raised {error!r}")
 

@@ -483,9 +483,7 @@ class RedisStreamTaskQueue(BaseTaskQueue):
         Raises:
             TimeoutError: the task is not terminal after ``timeout`` seconds.
         """
-        listener = await self._listener()
-        await listener.start()
-        return await listener.wait(task_id, timeout)
+        return await (await self._listener()).wait(task_id, timeout)
 
     async def get_lock(
         self, lock_name: str, expire_time: float = 30, *, wait: float | None = None, renew: bool = True

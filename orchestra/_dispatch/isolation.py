@@ -8,6 +8,7 @@ parent's.
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import os
 from collections.abc import Callable, Coroutine, Generator
@@ -16,7 +17,7 @@ from typing import Any
 from orchestra._ext.step import first_step
 from orchestra._pool.executors import leave_child
 
-__all__ = ["Rest", "astray", "begin", "first_step"]
+__all__ = ["Rest", "astray", "begin", "closing", "first_step"]
 
 astray = False
 """Whether this process was forked from one that runs deliveries: those belong to the parent."""
@@ -35,6 +36,19 @@ def begin() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_go_astray)
+
+
+def closing(error: BaseException, task: asyncio.Task[Any] | None) -> bool:
+    """Whether ``error`` came out because what runs in ``task`` is being closed, and not because an agent raised it.
+
+    Who is closed is not running: another task is, or none.
+    """
+    if not isinstance(error, GeneratorExit):
+        return False
+    try:
+        return task is None or asyncio.current_task() is not task
+    except RuntimeError:  # no event loop runs
+        return True
 
 
 class Rest:

@@ -84,11 +84,12 @@ class Signature:
             if name in values:
                 raise self._wrong(f"got two values for {name!r}", where, name)
         values.update(kwargs)
-        self._check_names(values, where)
+        self.check_names(values, where)
         self._check_types(values, where)
         return values
 
-    def _check_names(self, values: Mapping[str, Any], where: str) -> None:
+    def check_names(self, values: Mapping[str, Any], where: str = "") -> None:
+        """Raise InvalidTaskError when the function does not take arguments of these names, or needs others too."""
         if not self._open and not values.keys() <= self._allowed:
             for filled, what in ((self.injected, "the task itself"), (self.context, "the context of the attempt")):
                 if filled in values:
@@ -147,7 +148,7 @@ class Signature:
         names = given.keys()
         if not names >= self._required or not (self._open or names <= self._allowed):
             try:
-                self._check_names(given, "")
+                self.check_names(given, "")
             except InvalidTaskError as error:
                 raise Reject(str(error)) from None
         return given if self.injected is None and self.context is None else self._filled(given, task)

@@ -19,7 +19,7 @@ from orchestra._agents.planner import PlannerAgent
 from orchestra._front.signature import Signature, make_call
 from orchestra._workflow.driver import Driver
 from orchestra._workflow.runner import StepRunner
-from orchestra.errors import ConfigurationError, TaskCancelledError, TaskFailedError, WorkflowError
+from orchestra.errors import ConfigurationError, InvalidTaskError, TaskCancelledError, TaskFailedError, WorkflowError
 from orchestra.memory import MemoryManager
 from orchestra.tasks import BaseTask, TaskPriority, TaskState, check_ident
 from orchestra.workflow import WorkflowEngine, WorkflowEvent, WorkflowState, validate_plan
@@ -154,9 +154,15 @@ def _repairing(function: Callable[..., Any], name: str) -> Callable[[BaseTask], 
     """``function`` as an agent of the task alone, which asks it again with the faults of its plan."""
     call, names = make_call(function, Signature(function, name)), inspect.signature(function).parameters
 
+    def in_thread(asked: BaseTask) -> Any:
+        try:
+            return call(asked)
+        except (StopIteration, KeyboardInterrupt, GeneratorExit) as error:  # no future takes them
+            raise RuntimeError(f"the function raised {error!r}") from error
+
     async def once(task: BaseTask) -> Any:
         asked = replace(task, input={key: value for key, value in task.input.items() if key in names})
-        return await (call(asked) if inspect.iscoroutinefunction(function) else asyncio.to_thread(call, asked))
+        return await (call(asked) if inspect.iscoroutinefunction(function) else asyncio.to_thread(in_thread, asked))
 
     agent = PlannerAgent(once)
 
@@ -166,6 +172,25 @@ def _repairing(function: Callable[..., Any], name: str) -> Callable[[BaseTask], 
     for field in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(plan, field, getattr(function, field, None))
     return plan
+
+
+def _require_askable(function: Any, name: str, *, repairs: bool) -> None:
+    """Refuse a function that no question to a planner fits: it would never have a plan. Raises ConfigurationError."""
+    signature = Signature(function, name)
+    if not signature.takes_input:
+        return  # it reads the input of its task itself
+    told: dict[str, Any] = {"task": {}, "agents": []}
+    if repairs:
+        told = {key: value for key, value in told.items() if key in inspect.signature(function).parameters}
+    try:
+        signature.check_names(told)
+    except InvalidTaskError as error:
+        raise ConfigurationError(
+            f"{error}: a planner is called with task and agents, make it plan(task: dict, agents: list[str]), or let it "
+            "take the task alone, plan(task: BaseTask)",
+            field="planner",
+            value=function,
+        ) from None
 
 
 class WorkflowDoor:
@@ -275,13 +300,14 @@ class WorkflowDoor:
         first fails or its breaker is open, and so on; then the type's template counts, then one step.
 
         Raises:
-            ConfigurationError: as :meth:`~orchestra.app.App.agent`.
+            ConfigurationError: as :meth:`~orchestra.app.App.agent`; or the function does not take ``task`` and ``agents``.
         """
 
         def register(wrapped: Any) -> Any:
             name = options.get("name") or ("planner" if not self.planners else f"planner-{len(self.planners) + 1}")
             rest = {key: value for key, value in options.items() if key != "name"}
             repairs = "faults" in inspect.signature(wrapped).parameters and rest.get("executor") != "process"
+            _require_askable(getattr(wrapped, "function", wrapped), name, repairs=repairs)
             handle = self._decorate(_repairing(wrapped, name) if repairs else wrapped, name, rest)
             handle.function = wrapped
             if name not in self.planners:
@@ -291,8 +317,8 @@ class WorkflowDoor:
         return register if function is None else register(function)
 
     def _actions(self) -> list[str] | None:
-        """The actions that a plan may use: those this App knows; None, anything, for an App without agents."""
-        return sorted(self.agents) or None
+        """The actions that a plan may use: those this App knows; None, anything, for an App that only plans and starts."""
+        return sorted(self.agents) if set(self.agents) - set(self.planners) else None
 
     def _driver(self) -> Driver:
         """What drives workflows on the queue of the running event loop."""

@@ -232,14 +232,24 @@ class StreamProducer:
             await durable.close()
 
     def _flush(self) -> None:
-        outbox, self._outbox = self._outbox, []
-        if not outbox:
+        if not self._outbox:
             return
-        task = asyncio.get_running_loop().create_task(self._send_outbox(outbox))
+        task = asyncio.get_running_loop().create_task(self._send_outbox())
         self._sending.add(task)
-        task.add_done_callback(self._sending.discard)
+        task.add_done_callback(self._sent)
 
-    async def _send_outbox(self, outbox: list[tuple[EncodedTask, asyncio.Future[str]]]) -> None:
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._sending.discard(task)
+        if task.cancelled():  # with the whole loop, maybe before it began: nobody else would send or tell them
+            outbox, self._outbox = self._outbox, []
+            for _, future in outbox:
+                future.cancel()
+
+    async def _send_outbox(self) -> None:
+        """Send what has been posted until now: until it starts, more may come, and nothing overtakes it."""
+        outbox, self._outbox = self._outbox, []
+        if not outbox:  # close() was quicker
+            return
         try:
             ids = await self.send([task for task, _ in outbox])
         except DurabilityError as error:

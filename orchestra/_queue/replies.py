@@ -33,6 +33,7 @@ LOOK_AGAIN = 2.0
 """Seconds after which the records that are waited for are looked for without a hint."""
 AT_ONCE = 500
 """Records looked for in one round trip."""
+CLOSED = "the queue was closed while its result was waited for"
 SILENCE = 10.0
 """Seconds without a message after which the subscription is tested with a PING."""
 
@@ -62,27 +63,36 @@ class ReplyListener:
         self._task: asyncio.Task[None] | None = None
         self._search: asyncio.Task[None] | None = None
         self._subscribed = asyncio.Event()
-        self._heard = False
+        self._heard = self._closed = False
 
     async def start(self) -> None:
-        """Subscribe; returns when results published from now on will be heard."""
+        """Subscribe; returns when results published from now on will be heard. Raises StoreUnavailableError: it is closed."""
+        if self._closed:
+            raise StoreUnavailableError(CLOSED)
         if self._task is None or self._task.done():
             self._subscribed.clear()
             self._task = asyncio.get_running_loop().create_task(self._listen(), name="orchestra:replies")
         await self._subscribed.wait()
+        if self._closed:
+            raise StoreUnavailableError(CLOSED)
 
     async def wait(self, task_id: str, timeout: float | None) -> dict[str, Any]:
         """The terminal record of ``task_id``; see :meth:`~orchestra.task_queue.RedisStreamTaskQueue.wait_result`."""
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(task_id, set()).add(future)
-        self._ask(task_id)
         try:
             async with asyncio.timeout(timeout) as limit:
-                return await future
+                await self.start()
+                return await self._record_of(task_id)
         except TimeoutError:
             if not limit.expired():
                 raise
             raise TimeoutError(f"task {task_id} has no result after {timeout:g} s; it may still run") from None
+
+    async def _record_of(self, task_id: str) -> dict[str, Any]:
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(task_id, set()).add(future)
+        self._ask(task_id)
+        try:
+            return await future
         finally:
             futures = self._waiting[task_id]
             futures.discard(future)
@@ -185,9 +195,11 @@ class ReplyListener:
 
     async def close(self) -> None:
         """Unsubscribe. Whoever waits is told that nothing will come: StoreUnavailableError."""
+        self._closed = True
         tasks, self._task, self._search = (self._task, self._search), None, None
         for task in tasks:
             while task is not None and not task.done():
                 task.cancel()  # again if need be: a client that is busy closing a broken connection may drop it
                 await asyncio.wait((task,), timeout=1.0)
-        self._fail(StoreUnavailableError("the queue was closed while its result was waited for"))
+        self._subscribed.set()
+        self._fail(StoreUnavailableError(CLOSED))

@@ -81,7 +81,7 @@ class Prompt(Batch):
 
     def resolve(self, *, last: bool) -> None:
         """See the class; with ``last``, the task runs in here up to its next await, and may use the wire."""
-        if not last or self.waiter is None:
+        if not last or self.waiter is None or asyncio.current_task(self.get_loop()) is not None:
             self._defer()
             super().resolve(last=last)
             return

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from orchestra import _backoff
 from orchestra._agents.services import Services, StepScope, current_task, serving
 from orchestra._dispatch.admission import ask_once
+from orchestra._dispatch.isolation import closing
 from orchestra.agents import AgentType, unknown_agent
 from orchestra.circuit_breaker import CircuitBreaker
 from orchestra.errors import (
@@ -113,6 +114,7 @@ class LocalAgents:
         while entry.full:
             await asyncio.sleep(ROOM_PAUSE)
         timeout = options.timeout if task.timeout is None else task.timeout
+        caller = asyncio.current_task()
         try:
             async with asyncio.timeout(timeout) as limit:
                 with serving(replace(self._services, step=scope)), _current(task):
@@ -121,11 +123,12 @@ class LocalAgents:
             if not limit.expired():
                 raise
             raise TimeoutError(f"agent {task.type!r} took longer than its timeout of {timeout:g} s") from None
-        except (Exception, KeyboardInterrupt, GeneratorExit):
+        except (Exception, KeyboardInterrupt):
             raise
         except BaseException as error:
-            caller = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and (caller is None or caller.cancelling()):
+                raise
+            if closing(error, caller):
                 raise
             # As in a worker: an agent ends neither the process nor, by a word that is meant for the event loop, its caller.
             raise RuntimeError(f"agent {task.type!r} raised {error!r}, which is no Exception") from error

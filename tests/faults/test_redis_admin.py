@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import time
 
 import pytest
@@ -17,6 +18,7 @@ from orchestra._redis.errors import _ADVICE
 from orchestra._redis.wire import pack, reply_code, reply_error
 from orchestra.connections import ConnectionManager
 from orchestra.errors import ForkedProcessError, StoreAuthError, StoreError, StoreFullError, StoreUnavailableError
+from orchestra.task_queue import RedisStreamTaskQueue
 from tests.faults._checks import Fleet, Witness, admin_of, calls_of, no_spin, quiet_afterwards, until
 
 
@@ -229,6 +231,27 @@ async def test_b17_a_waiter_for_a_result_survives_an_outage(make_server):
         found = await fleet.queue.consume("c", 1, 10_000)
         await fleet.queue.acknowledge(found[0][0])
         assert (await waiting)["outcome"] == "completed"
+
+
+@pytest.mark.parametrize("end", ["timeout", "close"])
+async def test_b17_a_waiter_that_cannot_even_subscribe_is_told(make_server, end):
+    """B17: the server says nothing while the first waiter subscribes: his timeout counts, and closing tells him."""
+    server = make_server()
+    async with ConnectionManager(server.url) as manager:
+        queue = RedisStreamTaskQueue("quiet", "group", manager=manager)
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            waiting = asyncio.create_task(queue.wait_result("one", 0.3 if end == "timeout" else None))
+            await asyncio.sleep(0.1)
+            if end == "close":
+                await queue.close()
+            error = TimeoutError if end == "timeout" else StoreUnavailableError
+            async with asyncio.timeout(1.5):
+                with pytest.raises(error, match="has no result after" if end == "timeout" else "was closed"):
+                    await waiting
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        await queue.close()
 
 
 # Keys of the wrong type

@@ -269,8 +269,9 @@ async def test_planners_are_asked_in_order_then_the_template(address):
         ([{"action": "double", "note": "n" * 2_000_000}], "step 0 of the plan is larger than the memory's limit"),
         (SystemExit(3), "raised SystemExit(3), which is no Exception"),
         (asyncio.CancelledError(), "raised CancelledError(), which is no Exception"),
+        (GeneratorExit(), "raised GeneratorExit(), which is no Exception"),
     ],
-    ids=range(5),
+    ids=range(6),
 )
 async def test_what_a_worker_cannot_use_of_a_planner_is_no_plan(app, answer, said):
     @app.planner
@@ -309,6 +310,42 @@ async def test_a_planner_that_takes_faults_is_asked_once_more(app, kind):
     assert heard[0] == []
     assert "duoble" in heard[1][0]
     assert handle.function in (planning, plain)
+
+
+async def test_a_plain_planner_that_takes_faults_may_raise_what_no_future_takes(app):
+    @app.planner
+    def planner(task: dict, agents: list[str], faults: list[str] = ()) -> list[dict]:
+        return [{"action": next(name for name in agents if name == "unheard of")}]
+
+    async with app.worker():
+        run = await app.start_workflow("double", {"n": 5})
+        assert await run.result(WAIT) == 10
+        context = (await run.state()).workflow_context
+    assert "StopIteration" in context["planner_error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("planner", "said"),
+    [
+        (lambda task: [], "no parameter 'agents'"),
+        (lambda agents: [], "no parameter 'task'"),
+        (lambda task, agents, goal: [], "needs the argument 'goal'"),
+        (lambda task, faults: [], "needs the argument 'faults'"),
+    ],
+    ids=range(4),
+)
+async def test_a_planner_that_nobody_could_ask_is_refused(app, planner, said):
+    with pytest.raises(ConfigurationError, match=said):
+        app.planner(planner)
+    assert app.planners == []
+
+
+@pytest.mark.parametrize(
+    "planner", [lambda task, faults=(): [], lambda **told: [], lambda task, agents, depth=1: []], ids=range(3)
+)
+async def test_a_planner_may_leave_out_and_add_what_it_is_not_told(app, planner):
+    app.planner(planner)
+    assert app.planners == ["planner"]
 
 
 async def test_without_planners_the_template_or_one_step(app):

@@ -646,8 +646,9 @@ async def test_a_guest_gives_back_what_it_has_no_agent_for(make, place):
         ([{"action": "work", "reasoning": "r" * 2_000_000}], "larger than the memory's limit"),
         (SystemExit(3), "raised SystemExit(3), which is no Exception"),
         (asyncio.CancelledError(), "raised CancelledError(), which is no Exception"),
+        (GeneratorExit(), "raised GeneratorExit(), which is no Exception"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 async def test_bad_planner_output_falls_back_to_the_alternate(make, answer, said):
     agents = Agents(planner=answer, second=[{"action": "work"}], work=2)

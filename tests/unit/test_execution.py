@@ -155,6 +155,7 @@ async def test_a_value_travels_only_to_who_wants_it(agents, runner, flags, value
         (CircuitOpenError("open"), Outcome.THROTTLED, Again(BUSY_DELAY, "throttled")),
         (asyncio.CancelledError(), Outcome.FAILED, Again(1.0, "retried")),
         (SystemExit(2), Outcome.FAILED, Again(1.0, "retried")),
+        (GeneratorExit(), Outcome.FAILED, Again(1.0, "retried")),
         (RetryLater(7.5), Outcome.FAILED, Again(7.5, "retried")),
         (RetryLater(-1.0), Outcome.FAILED, Again(0.001, "retried")),
         (Throttled(4.0, "key"), Outcome.THROTTLED, Again(4.0, "throttled")),
@@ -171,6 +172,48 @@ async def test_whatever_an_agent_raises_is_an_outcome(agents, runner, error, out
     (replica,) = agents.get("work").replicas
     assert replica.running == 0
     assert runner.pool.get_active_workers() == 1, "the worker lives on"
+
+
+async def test_an_agent_that_waits_and_raises_generator_exit_has_failed(agents, runner):
+    async def agent(_task):
+        await asyncio.sleep(0.001)
+        raise GeneratorExit
+
+    agents.register("work", agent)
+    assert await runner.run(delivery()) == Ended(Outcome.FAILED, Again(1.0, "retried"))
+    assert runner.pool.get_active_workers() == 1, "the worker lives on"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_a_run_that_is_closed_has_no_outcome(agents, whole):
+    """As the garbage collector does with what a closed event loop has left behind."""
+    closed = []
+
+    async def agent(_task):
+        try:
+            await asyncio.Event().wait()
+        except GeneratorExit:
+            closed.append(True)
+            raise
+
+    agents.register("work", agent)
+    execution, slot, given = Execution("queue", agents, STEADY, lambda _agent: RoundRobinStrategy()), Slot(), delivery()
+
+    def begin():
+        return execution.run(given, slot, given.task()) if whole else execution.start_nowait(given, slot)
+
+    async def work():
+        running.append(begin())
+        await running[0]
+
+    running = []
+    slot.task = asyncio.ensure_future(work())
+    await asyncio.sleep(0)
+    slot.task.get_coro().close()
+    assert closed == [True]
+    assert running[0].cr_frame is None
+    slot.task.cancel()
+    await asyncio.wait([slot.task])
 
 
 @pytest.mark.parametrize(("retries", "wait"), [(0, 1.0), (1, 2.0), (2, None)])
