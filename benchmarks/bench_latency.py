@@ -98,3 +98,27 @@ def test_send_to_result(benchmark, comparisons, empty, scale):
             return _percentiles(rows, _raw.echo_times(empty, samples, GAP))
 
     comparisons.run(benchmark, ours, raw)
+
+
+def test_many_results(benchmark, comparisons, empty, scale):
+    """Sent in one call and all awaited at once, sending included; no ceiling, as no single command does this."""
+    count = scale(10_000, 5_000, 200)
+    row = Row("send, and await the results of 10,000 tasks at once", "results/s")
+
+    async def ask():
+        async with queue_at(empty.url) as queue:
+            await queue.produce_many([_raw.task(count)], want_results=True)
+            await queue.wait_result(f"task-{count:06d}", 10)  # subscribed
+            began = time.monotonic()
+            await queue.produce_many([_raw.task(number) for number in range(count)], want_results=True)
+            records = await asyncio.gather(*(queue.wait_result(f"task-{number:06d}", 60) for number in range(count)))
+            took = time.monotonic() - began
+        assert {record["value"] for record in records} == {"done"}
+        return {row: count / took}
+
+    def ours():
+        empty.flush()
+        with other_process("answer", empty.url):
+            return run_loop(ask())
+
+    comparisons.run(benchmark, ours, dict)
