@@ -276,10 +276,11 @@ class LeaseKeeper(AbstractAsyncContextManager[None]):
             try:
                 self._renew(due)
             except Exception:
-                if time.monotonic() - began < self._patience:
+                if not self._stood_still(began):
                     raise
                 self._disconnect()  # this process was stopped meanwhile: that it got no answer says nothing
-                self._renew(due)
+            if self._stood_still(began):
+                self._renew(due)  # and an answer is as old as the stop
         except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of the connection
             log = logger.debug if self._failing else logger.warning
             log("%d leases of %s were not renewed: %s", len(due), self._of.consumer, map_redis_error(error))
@@ -288,6 +289,9 @@ class LeaseKeeper(AbstractAsyncContextManager[None]):
             self._scan_at = time.monotonic() + self._interval / TRIES_PER_SCAN
         else:
             self._failing = False
+
+    def _stood_still(self, since: float) -> bool:
+        return time.monotonic() - since >= self._patience
 
     def _renew(self, due: list[Delivery]) -> None:
         if self._client is None:  # a black hole must not keep this thread beyond the deadline

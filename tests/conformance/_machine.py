@@ -146,6 +146,11 @@ class QueueMachine(RuleBasedStateMachine):
         for i, answer in (answers or {}).items():
             assert sent[i].message_id == self._message_id(batch[i][0], answer, sent[i].task_id)
 
+    @rule(who=st.integers(0, 2), lane=lanes, own=st.lists(st.sampled_from(IDS), min_size=2, unique=True))
+    def produce_alike(self, who: int, lane: int, own: list[str]) -> None:
+        """Plain tasks for one lane, which have a script of their own."""
+        self.produce(who, [(lane, task_id, 0, False) for task_id in own])
+
     def _as_task(self, lane: int, own: str | None, delay: int, _: bool) -> dict[str, Any]:
         task = {"type": "x", "priority": lane}
         if own is not None:
@@ -166,16 +171,20 @@ class QueueMachine(RuleBasedStateMachine):
             return where if isinstance(where, str) else f"{where[0]}:{where[1].id.decode()}"
         return f"z:{task_id}"
 
-    @rule(number=st.integers(0, 1000), lane=lanes)
-    def produce_and_lose_the_reply(self, number: int, lane: int) -> None:
+    @rule(number=st.integers(0, 1000), lane=lanes, name=st.sampled_from(("produce", "produce_many")))
+    def produce_and_lose_the_reply(self, number: int, lane: int, name: str) -> None:
         """The same call twice, with its token: the second adds nothing and gives the answer of the first."""
         frames = [encode_task({"id": f"g{number}.{i}", "type": "x", "priority": lane}).frame for i in range(2)]
         keys = [*KEYS.lanes, KEYS.delayed, KEYS.bodies, *KEYS.dedup, *KEYS.tokens, KEYS.counters, KEYS.dlq]
+        token = f"token{len(self.model.tokens)}"
         rows = [(lane, f"g{number}.{i}", False, 0, frame) for i, frame in enumerate(frames)]
-        args = [0, WINDOW, 60_000, f"token{len(self.model.tokens)}"]
+        args = [0, WINDOW, 60_000, token]
         for frame in frames:
             args += (lane, "", frame)
-        lua = script("produce").text
+        if name == "produce_many":
+            keys = [KEYS.lanes[lane], *KEYS.tokens, KEYS.counters]
+            args = [60_000, lane, token, *frames]
+        lua = script(name).text
         first, again = self.act(lambda: [self.client("EVAL", lua, len(keys), *keys, *args) for _ in range(2)])
         out = self.model.produce(rows)
         self.model.tokens.append([(lane, entry) for entry in out])
@@ -183,7 +192,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.note(lane, entry)
         self.touched.add(lane)
         self.check()
-        assert first == [entry.id for entry in out]
+        assert first == ([entry.id for entry in out] if name == "produce" else again)
         assert again[0] == b"!"
         assert again[1].split()[0::3] == [b"%d" % lane] * len(again[1].split()[0::3])
 

